@@ -1,0 +1,1 @@
+"""What is trained: torch, torchvision, kornia, and pytorch_lightning; never Ray."""

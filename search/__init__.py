@@ -1,0 +1,1 @@
+"""How to search: the only code that talks to Ray and Optuna."""
