@@ -1,0 +1,462 @@
+"""Which images there are: path, class, group (patient), source, and split of each.
+
+A manifest is untrusted input and often holds patients' names in its groups. Every check ends in
+an `InputError` of one line; a group appears there only as the first ten digits of its sha256,
+beside the file names of its images.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import posixpath
+import re
+import stat
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lightning_modules.errors import InputError
+
+COLUMNS = ("path", "label", "group_id", "source", "split")
+SPLITS = ("train", "val", "test")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+MAX_ROWS = 10_000_000
+MAX_CSV_BYTES = 2**30
+MAX_LABEL_CHARACTERS = 100
+
+_EMPTY = ("", "nan", "NaN")  # what pandas writes for a missing cell; "NA" and "None" are names
+_NOT_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, non-UTF-8
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)  # eq: comparing two frames gives a frame, not an answer
+class Manifest:
+    """The images of a sweep, in a fixed order: the row number is the sample's index everywhere.
+
+    Attributes:
+        root: Folder that relative paths start from, resolved.
+        frame: `COLUMNS` first, then further columns, all as text; one row an image; never changed.
+    """
+
+    root: Path
+    frame: pd.DataFrame
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels that occur, sorted by code point; a class index counts in this order."""
+        return tuple(sorted(set(self.frame["label"])))
+
+    @property
+    def digest(self) -> str:
+        """Sha256 over `COLUMNS`: equal on every machine; says nothing about pixels."""
+        hashed = hashlib.sha256()
+        for column in COLUMNS:
+            # JSON, so that no cell can imitate the boundary between two cells.
+            hashed.update(json.dumps([column, self.frame[column].tolist()]).encode())
+        return hashed.hexdigest()
+
+    def labels(self) -> Rows:
+        """Class index of every row."""
+        codes = pd.Categorical(self.frame["label"], categories=list(self.classes)).codes
+        return np.asarray(codes, dtype=np.int64)
+
+    def rows(self, split: str) -> Rows:
+        """Row numbers of one split, ascending; empty where nothing is assigned to it."""
+        return np.flatnonzero((self.frame["split"] == split).to_numpy()).astype(np.int64)
+
+    def write(self, path: Path) -> None:
+        """Writes the frame as CSV, whole or not at all.
+
+        Paths stay relative to `root`: written anywhere else, the file no longer finds its images.
+
+        Raises:
+            InputError: If the file cannot be written.
+        """
+        try:
+            write_atomically(path, self.frame.to_csv(index=False, lineterminator="\n").encode())
+        except OSError as error:
+            raise _broken(
+                path,
+                "a manifest needs a folder that can be written to",
+                error.strerror,
+                "free space or choose another folder",
+            ) from error
+
+
+def read_manifest(path: Path, *, group_pattern: str | None = None) -> Manifest:
+    """Reads and checks a manifest; opens no image.
+
+    Args:
+        path: A CSV file, a folder that holds `manifest.csv`, or a folder of class folders with
+            images anywhere below them. Relative paths start from that folder.
+        group_pattern: Regular expression searched in every relative path, where the manifest has
+            no `group_id`: its first capture group is the group. Without it, each image is a
+            group of its own.
+
+    Returns:
+        The manifest; a missing source is "unknown" (of class folders "folder"), a missing split "".
+
+    Raises:
+        InputError: On the first rule that the manifest breaks.
+    """
+    try:
+        file = path / "manifest.csv" if (path / "manifest.csv").exists() else path
+        # Not of a link's target: paths start beside the link.
+        root = file.resolve() if file.is_dir() else file.parent.resolve()
+        frame = _class_folders(root) if file.is_dir() else _read_csv(file)
+    except OSError as error:
+        got = error.strerror
+        raise _broken(path, "a manifest is readable", got, "change its permissions") from error
+    for column, default in (("source", "unknown"), ("split", "")):
+        if column not in frame:
+            frame[column] = default
+    _check_cells(file, frame)
+    frame["path"] = paths = _normal_paths(file, frame["path"].tolist())
+    if "group_id" not in frame:
+        frame["group_id"] = _groups(file, paths, group_pattern)
+    elif group_pattern is not None:
+        rule = "groups come from a group_id column or from group_pattern, not both"
+        raise _broken(file, rule, "both", "drop one of them")
+    _check_splits(file, frame)
+    _check_files(file, root, paths)
+    further = [column for column in frame.columns if column not in COLUMNS]
+    return Manifest(root, frame[[*COLUMNS, *further]])
+
+
+def assign_splits(
+    manifest: Manifest, *, val_fraction: float, test_fraction: float, seed: int
+) -> Manifest:
+    """Splits by group, keeping the classes' shares; leaves a manifest that has splits as it is.
+
+    Folds are whole, so a fraction becomes the nearest 1/n of rows (0.15: a seventh), and more
+    where a class has fewer than n groups. The same frame and seed give the same splits.
+
+    Args:
+        manifest: With a split in every row, or in none.
+        val_fraction: Share of rows for val, in (0, 0.5].
+        test_fraction: Share of rows for test, 0 or in (0, 0.5]; train keeps at least val's share.
+        seed: In [0, 2**32).
+
+    Returns:
+        A manifest in which every class occurs in train and val, and in test if there is one.
+
+    Raises:
+        InputError: If a fraction is out of range, or a class has too few groups.
+    """
+    frame, classes = manifest.frame, manifest.classes
+    if (frame["split"] != "").all():
+        for split in ("train", "val"):
+            for label in sorted(set(classes) - set(frame["label"][frame["split"] == split])):
+                raise InputError(
+                    f"every class must occur in train and val; got no {split} image of {label!r}; "
+                    f"move a group of it to {split}, or empty the split column"
+                )
+        return manifest
+    _check_fractions(val_fraction, test_fraction, seed)
+
+    labels = manifest.labels()
+    groups = pd.factorize(frame["group_id"])[0].astype(np.int64)
+    n_groups = _groups_a_class(labels, groups, len(classes))
+    everything = np.arange(len(frame), dtype=np.int64)
+    tests: Iterable[Rows] = ()
+    if n_groups.min() >= (3 if test_fraction else 2):
+        # Without a test split, the one candidate is a fold of no rows.
+        tests = (everything[:0],)
+        if test_fraction:
+            tests = _held_out(labels, groups, test_fraction, seed, spare=2)
+    for test in tests:
+        rest = np.setdiff1d(everything, test)
+        share = val_fraction / (1 - test_fraction)
+        for val in _held_out(labels[rest], groups[rest], share, seed, spare=1):
+            split_of = np.full(len(frame), "train", dtype=object)
+            split_of[test], split_of[rest[val]] = "test", "val"
+            column = pd.Series(split_of, index=frame.index, dtype="str")
+            return Manifest(manifest.root, frame.assign(split=column))
+    rarest = int(n_groups.argmin())
+    raise InputError(
+        f"every class must occur in train{', val and test' if test_fraction else ' and val'}, "
+        f"each time with other groups; got {n_groups[rarest]} group(s) of {classes[rarest]!r}, the "
+        f"fewest; add groups of it{', set test_fraction to 0' if test_fraction else ''} or leave "
+        "the class out"
+    )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: temporary name in the same folder, fsync, rename.
+
+    Raises:
+        OSError: If the file cannot be written; the temporary file is gone by then.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def some_of(items: Sequence[str], limit: int = 10) -> str:
+    """The first few items in one line, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _broken(file: Path, rule: str, got: object, remedy: str) -> InputError:
+    return InputError(" ".join(f"{file}: {rule}; got {got}; {remedy}".split()))
+
+
+def _class_folders(root: Path) -> pd.DataFrame:
+    """One row an image below the class folders of `root`, sorted; hidden names are left out."""
+
+    def unreadable(error: OSError) -> None:
+        got = f"{error.strerror} for {error.filename!r}"
+        raise _broken(root, "every class folder is readable", got, "change its permissions")
+
+    paths: list[str] = []
+    n_images: dict[str, int] = {}
+    for name, folders, files in os.walk(root, onerror=unreadable):
+        folder = Path(name)
+        inside = folder.relative_to(root)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if links := [(inside / f).as_posix() for f in folders if (folder / f).is_symlink()]:
+            rule = "class folders are folders, not links"
+            remedy = "copy the images there, or list them in a manifest.csv"
+            raise _broken(root, rule, some_of([repr(link) for link in links]), remedy)
+        images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+        if inside.parts:
+            n_images[inside.parts[0]] += len(images)
+            paths += [(inside / f).as_posix() for f in images]
+            continue
+        n_images = dict.fromkeys(folders, 0)
+        if images or not folders:
+            rule = "images lie in one folder a class, or a manifest.csv lists them"
+            got = f"{len(images)} image(s) beside {len(folders)} class folder(s)"
+            raise _broken(root, rule, got, "move them, or write a manifest.csv")
+    if empty := [repr(label) for label, count in n_images.items() if not count]:
+        rule = f"every class folder holds images ({', '.join(EXTENSIONS)})"
+        raise _broken(root, rule, f"none in {some_of(empty)}", "add images or remove the folder")
+    paths.sort()
+    _check_characters(root, paths)  # before pandas, which fails on what is not UTF-8
+    labels = [path.split("/", 1)[0] for path in paths]
+    return pd.DataFrame({"path": paths, "label": labels, "source": "folder"}, dtype="str")
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    """All cells of a CSV as text, blanks around them removed except in paths."""
+    rule = "a manifest is a CSV file in UTF-8, or a folder"
+    if not file.is_file():
+        raise _broken(file, rule, "nothing of the kind there", "check the path")
+    if (size := file.stat().st_size) > MAX_CSV_BYTES:
+        limit = f"a manifest has at most {MAX_CSV_BYTES} bytes"
+        raise _broken(file, limit, size, "split the data set")
+    try:
+        # na_filter=False: pandas would read the class "None" or "NA" as a missing cell.
+        frame = pd.read_csv(
+            file, dtype=str, na_filter=False, encoding="utf-8-sig", nrows=MAX_ROWS + 1
+        )
+    except (ValueError, OverflowError) as error:
+        raise _broken(file, rule, f"{error!s:.200}", "save it again as CSV UTF-8") from error
+    if len(frame) > MAX_ROWS:
+        rule = f"a manifest has at most {MAX_ROWS} rows"
+        raise _broken(file, rule, "more", "split the data set")
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas took surplus cells for an index
+        rule = "every row has as many cells as the header"
+        raise _broken(file, rule, "more", "quote cells that hold a comma")
+    frame.columns = pd.Index([str(column).strip() for column in frame.columns])
+    # pandas calls the second column of a name "name.1".
+    twice = [c for c in COLUMNS if f"{c}.1" in frame or (frame.columns == c).sum() > 1]
+    if twice or "path" not in frame or "label" not in frame:
+        rule = "the header needs the columns path and label, each once"
+        got = some_of([f"{column!r:.40}" for column in frame.columns])
+        raise _broken(file, rule, got, "name them in the first line, separated by commas")
+    for column in frame.columns:
+        text = frame[column].astype("str")
+        frame[column] = text if column == "path" else text.str.strip()
+    return frame
+
+
+def _check_cells(file: Path, frame: pd.DataFrame) -> None:
+    """Empty cells, labels, and the number of classes; writes missing splits as ""."""
+    for column in ("path", "label", "group_id"):
+        if column in frame and (empty := np.flatnonzero(frame[column].isin(_EMPTY))).size:
+            got = f"{empty.size} empty cell(s), the first in row {empty[0] + 1}"
+            raise _broken(file, f"every row needs a {column}", got, "fill them in")
+    frame["split"] = frame["split"].where(~frame["split"].isin(_EMPTY), "")
+    labels = sorted(set(frame["label"]))
+    for label in labels:
+        fits = len(label) <= MAX_LABEL_CHARACTERS and label.isprintable() and "/" not in label
+        if not fits or label in (".", ".."):
+            rule = f"a label has 1 to {MAX_LABEL_CHARACTERS} printable characters and no '/'"
+            raise _broken(file, rule, f"{label!r:.120}", "rename the class")
+    if len(labels) < 2:
+        got = f"{len(labels)}: {labels[0]!r}" if labels else "no rows"
+        rule = "a classifier needs at least two classes"
+        raise _broken(file, rule, got, "add images of another class")
+
+
+def _check_characters(file: Path, paths: list[str]) -> None:
+    if bad := [f"{path!r:.200}" for path in paths if _NOT_IN_A_PATH.search(path)]:
+        rule = "paths are UTF-8 without control characters"
+        raise _broken(file, rule, some_of(bad), "rename the files")
+
+
+def _refuse_outside(file: Path, outside: list[str]) -> None:
+    if outside:
+        rule = "every path is relative and stays inside the manifest's folder, links followed"
+        remedy = "copy the images into the folder, or move the manifest up"
+        raise _broken(file, rule, some_of([f"{path!r:.200}" for path in outside]), remedy)
+
+
+def _normal_paths(file: Path, paths: list[str]) -> list[str]:
+    """Paths without "." and "..": relative, inside the root as written, each once."""
+    _check_characters(file, paths)
+    normal = [posixpath.normpath(path) for path in paths]
+    _refuse_outside(file, [p for p in normal if p.startswith(("/", "../")) or p == ".."])
+    first: dict[str, int] = {}
+    for row, path in enumerate(normal):
+        if (earlier := first.setdefault(path, row)) != row:
+            got = f"{posixpath.basename(path)!r} in rows {earlier + 1} and {row + 1}"
+            raise _broken(file, "every path is listed once", got, "remove one of them")
+    return normal
+
+
+def _groups(file: Path, paths: list[str], group_pattern: str | None) -> list[str]:
+    """The group of every path: the pattern's first capture group, or the path itself."""
+    if group_pattern is None:
+        return paths
+    rule = "group_pattern is a regular expression with a capture group"
+    try:
+        pattern = re.compile(group_pattern)
+    except re.error as error:
+        raise _broken(file, rule, f"{group_pattern!r:.200} ({error})", "correct it") from error
+    if not pattern.groups:
+        remedy = "put parentheses around the part that names the group"
+        raise _broken(file, rule, f"{group_pattern!r:.200}", remedy)
+    found = [pattern.search(path) for path in paths]
+    groups = [match.group(1) or "" if match else "" for match in found]
+    if lost := [repr(posixpath.basename(p)) for p, g in zip(paths, groups, strict=True) if not g]:
+        rule = "group_pattern finds a group in every relative path"
+        got = f"none in {len(lost)} of {len(paths)}: {some_of(lost)}"
+        raise _broken(file, rule, got, "widen the pattern, or add a group_id column")
+    return groups
+
+
+def _check_splits(file: Path, frame: pd.DataFrame) -> None:
+    """Split names, all rows or none, and no group in two splits."""
+    names = set(frame["split"]) - {""}
+    for name in sorted(names - set(SPLITS)):
+        near = difflib.get_close_matches(name.lower(), SPLITS, n=1, cutoff=0.0)[0]
+        rule = f"a split is one of {', '.join(SPLITS)}, or empty in all rows"
+        raise _broken(file, rule, f"{name!r:.100}", f"did you mean {near!r}?")
+    if names and (missing := int((frame["split"] == "").sum())):
+        got = f"{missing} of {len(frame)} without"
+        remedy = "fill them in, or empty the column to have splits assigned"
+        raise _broken(file, "every row has a split, or none has", got, remedy)
+    n_splits = frame.groupby("group_id", sort=False)["split"].nunique()
+    if len(torn := n_splits[n_splits > 1]):
+        group = str(torn.index[0])
+        members = frame[frame["group_id"] == group].drop_duplicates("split")
+        where = ", ".join(
+            f"{posixpath.basename(path)!r} in {split}"
+            for path, split in zip(members["path"], members["split"], strict=True)
+        )
+        name = hashlib.sha256(group.encode()).hexdigest()[:10]
+        got = f"{len(torn)} group(s) in several, such as {name} with {where}"
+        remedy = "move all images of a group into one split"
+        raise _broken(file, "a group (patient) lies in one split only", got, remedy)
+
+
+def _check_files(file: Path, root: Path, paths: list[str]) -> None:
+    """Every path is a plain file inside the root, links followed.
+
+    Folders are resolved once each, and files only where they are links: a million `resolve` calls
+    take half a minute.
+    """
+    contained: dict[str, bool] = {}
+    outside: list[str] = []
+    missing: list[str] = []
+    for path in paths:
+        folder = posixpath.dirname(path)
+        try:
+            if folder not in contained:
+                contained[folder] = (root / folder).resolve().is_relative_to(root)
+            inside, status = contained[folder], (root / path).lstat()
+            if inside and stat.S_ISLNK(status.st_mode):
+                target = (root / path).resolve()
+                inside, status = target.is_relative_to(root), target.stat()
+            if inside and not stat.S_ISREG(status.st_mode):
+                missing.append(path)
+        except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
+            missing.append(path)
+            continue
+        if not inside:
+            outside.append(path)
+    _refuse_outside(file, outside)
+    if missing:
+        got = f"{len(missing)} of {len(paths)} that are not: "
+        got += some_of([f"{path!r:.200}" for path in missing])
+        raise _broken(file, "every path is a file", got, "add the files or remove their rows")
+
+
+def _check_fractions(val_fraction: float, test_fraction: float, seed: int) -> None:
+    fits = 0 < val_fraction <= 0.5 and 0 <= test_fraction <= 0.5
+    if not fits or 2 * val_fraction + test_fraction > 1 + 1e-9:  # 1e-9: 0.1 + 0.2 is not 0.3
+        raise InputError(
+            "val_fraction lies in (0, 0.5], test_fraction is 0 or in (0, 0.5], and train keeps at "
+            f"least val's share; got {val_fraction} and {test_fraction}; try 0.15 and 0.15"
+        )
+    if not 0 <= seed < 2**32:
+        raise InputError(f"a seed lies in [0, 2**32); got {seed}; choose one there")
+
+
+def _groups_a_class(labels: Rows, groups: Rows, n_classes: int) -> Rows:
+    pairs = np.unique(np.stack([labels, groups]), axis=1)
+    return np.bincount(pairs[0], minlength=n_classes).astype(np.int64)
+
+
+def _held_out(
+    labels: Rows, groups: Rows, fraction: float, seed: int, *, spare: int
+) -> Iterator[Rows]:
+    """Row sets to hold out: every class in them, and in at least `spare` groups of the rest.
+
+    The fold whose worst class comes nearest to the fraction is first. A fold that lacks a class
+    is passed over; where all do, there are more folds than the rarest class has groups, and
+    fewer are tried.
+    """
+    # Imported here: it takes a second, and a manifest with splits does without.
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    n_classes, n_groups = int(labels.max()) + 1, len(np.unique(groups))
+    fewest = int(_groups_a_class(labels, groups, n_classes).min())
+    wanted = max(2, round(1 / fraction))
+    for n_folds in dict.fromkeys((wanted, max(2, min(wanted, fewest)), 2)):
+        if n_folds > min(n_groups, int(np.bincount(labels).max())):
+            continue  # scikit-learn refuses it
+        # With one image a group both kinds say the same, and grouping takes 40 us a row and fold.
+        one_each = n_groups == len(groups) and n_folds <= fewest
+        kind = StratifiedKFold if one_each else StratifiedGroupKFold
+        splitter = kind(n_splits=n_folds, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():  # of classes with fewer rows than folds: looked at below
+            warnings.simplefilter("ignore", UserWarning)
+            folds = [held for _, held in splitter.split(labels, labels, groups)]
+        totals = np.bincount(labels)
+        shares = [np.bincount(labels[held], minlength=n_classes) / totals for held in folds]
+        misses = [float(np.abs(share - fraction).max()) for share in shares]
+        for i in sorted(range(n_folds), key=misses.__getitem__):
+            held = folds[i]
+            rest = np.setdiff1d(np.arange(len(labels)), held)
+            left = _groups_a_class(labels[rest], groups[rest], n_classes)
+            if left.min() >= spare and shares[i].min() > 0:
+                yield held

@@ -1,0 +1,253 @@
+"""Initial weights of a backbone: where they come from, and what exactly they are.
+
+They are found once, before a sweep starts; trials get a local file and its digest.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor
+
+from lightning_modules.backbones import Backbone, build_network
+from lightning_modules.errors import InputError
+from lightning_modules.stages import HEAD_MODULE
+
+# The recipe of the published comparisons: torchvision's first weights, not the longer second one.
+IMAGENET_WEIGHTS = {
+    "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
+}
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOrigin:
+    """Where a backbone's initial weights came from.
+
+    Attributes:
+        origin: ``imagenet``, ``random``, or the path that the user gave.
+        path: The local file that holds them; none for ``random``.
+        digest: SHA-256 over the backbone's tensors (names, shapes, values), head left out.
+        seed: What ``random`` weights were drawn from.
+    """
+
+    origin: str
+    path: str | None
+    digest: str
+    seed: int
+
+
+def find_weights(
+    spec: str | Sequence[str], *, backbone: str, seed: int, base: Path | None = None
+) -> WeightOrigin:
+    """Find the first usable initial weights, downloading them if that is what they are.
+
+    Args:
+        spec: ``imagenet`` (torchvision's own download), ``random``, the path of a state dict
+            (``.pth``, ``.safetensors``) or of a folder that holds one whose name starts with the
+            backbone's, or several of these, tried in order.
+        backbone: One of ``BACKBONES``.
+        seed: What random weights are drawn from.
+        base: The folder that relative paths start from; the current one if none.
+
+    Raises:
+        InputError: If none can be had. One line names each attempt and says how to supply a file.
+    """
+    attempts = [spec] if isinstance(spec, str) else list(spec)
+    failures = []
+    for attempt in attempts:
+        try:
+            path = _local_file(attempt, backbone, base or Path())
+            return WeightOrigin(
+                origin=attempt,
+                path=None if path is None else str(path),
+                digest=digest_of(load_weights(backbone, path, seed=seed)),
+                seed=seed,
+            )
+        except InputError as error:
+            failures.append(str(error))
+    raise InputError("; ".join(failures))
+
+
+def load_weights(backbone: str, path: Path | None, *, seed: int) -> Backbone:
+    """Build a backbone with the weights of a file, or with random ones if there is none.
+
+    Raises:
+        InputError: If the file is not a state dict of that network: keys that are foreign or
+            missing, or shapes that differ, are named. The head's own keys may differ or be absent.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = Backbone(backbone)
+    if path is not None:
+        built.load_state_dict(_backbone_state(built, read_state_dict(path), path))
+    return built
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict without unpickling anything but tensors.
+
+    Raises:
+        InputError: If the file is missing, torn, or holds anything but a mapping of tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"weights must be a file; nothing at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"weights {path} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # torch raises pickle.UnpicklingError and bare ones of its own
+        raise InputError(
+            f"weights {path} must hold tensors only (no pickled objects): {_first_line(error)}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(
+            f"weights {path} must be a state dict (a flat mapping of names to tensors); save "
+            "`model.state_dict()`"
+        )
+    return dict(state)
+
+
+def digest_of(module: torch.nn.Module) -> str:
+    """Return the SHA-256 of a module's parameters and buffers: names, types, shapes, values."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+def to_torchvision(backbone: Backbone, head: torch.nn.Linear) -> dict[str, Tensor]:
+    """Return the state dict that torchvision's own network with this head would have."""
+    state = {}
+    names = list(backbone.torchvision_names())
+    for name, tensor in backbone.state_dict().items():
+        ours, theirs = next(pair for pair in names if name.startswith(pair[0]))
+        state[theirs + name.removeprefix(ours)] = tensor
+    for name, tensor in head.state_dict().items():
+        state[f"{HEAD_MODULE[backbone.name]}.{name}"] = tensor
+    return state
+
+
+def from_torchvision(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the backbone's part of a torchvision state dict under the backbone's own names."""
+    ours_of = {theirs: ours for ours, theirs in backbone.torchvision_names()}
+    prefixes = tuple(ours_of)
+    return {
+        ours_of[prefix] + name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        for prefix in prefixes
+        if name.startswith(prefix)
+    }
+
+
+def _local_file(attempt: str, backbone: str, base: Path) -> Path | None:
+    if attempt == "random":
+        return None
+    if attempt == "imagenet":
+        return _download_imagenet(backbone)
+    path = base / Path(attempt).expanduser()
+    if path.is_dir():
+        found = sorted(
+            entry
+            for entry in path.iterdir()
+            if entry.name.startswith(backbone) and entry.suffix in SUFFIXES
+        )
+        if len(found) != 1:
+            raise InputError(
+                f"weights folder {path} must hold one file named {backbone}*.pth or "
+                f"{backbone}*.safetensors; found {len(found)}"
+            )
+        path = found[0]
+    if not path.is_file():
+        raise InputError(
+            f"weights must be imagenet, random, a state dict file, or a folder of them; "
+            f"nothing at {path}"
+        )
+    return path.resolve()
+
+
+def _download_imagenet(backbone: str) -> Path:
+    """Return torchvision's file in torch.hub's folder, downloaded and checked if not yet there."""
+    url = torchvision.models.get_weight(IMAGENET_WEIGHTS[backbone]).url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    # torchvision names its files by the first eight digits of their SHA-256.
+    expected = path.stem.rsplit("-", 1)[1]
+    if path.is_file() and _sha256_of_file(path).startswith(expected):
+        return path
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Straight to a name of our own: a download that breaks off leaves no file that looks whole.
+        torch.hub.download_url_to_file(url, str(partial), hash_prefix=expected, progress=False)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"imagenet weights of {backbone} could not be downloaded ({_first_line(error)}): put "
+            f"torchvision's {path.name} into {path.parent}, or give a state dict with "
+            f"`--weights FILE_OR_FOLDER`, or start from `--weights random`"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _backbone_state(
+    backbone: Backbone, state: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """Check a torchvision state dict against the network and return the backbone's part of it."""
+    expected = {
+        name: tensor
+        for name, tensor in build_network(backbone.name).state_dict().items()
+        if not name.startswith(HEAD_MODULE[backbone.name])
+    }
+    given = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(HEAD_MODULE[backbone.name])
+    }
+    wrong = {
+        "missing": sorted(expected.keys() - given.keys()),
+        "foreign": sorted(given.keys() - expected.keys()),
+        "of another shape": sorted(
+            name
+            for name in expected.keys() & given.keys()
+            if expected[name].shape != given[name].shape
+        ),
+    }
+    if any(wrong.values()):
+        found = ", ".join(
+            f"{len(names)} keys {kind} (first: {names[0]})"
+            for kind, names in wrong.items()
+            if names
+        )
+        raise InputError(
+            f"weights {path} must be a state dict of torchvision's {backbone.name}: {found}"
+        )
+    # Half-precision files are cast: the network is float32.
+    return from_torchvision(
+        backbone, {name: tensor.to(expected[name].dtype) for name, tensor in given.items()}
+    )
+
+
+def _sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

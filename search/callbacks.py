@@ -1,0 +1,207 @@
+"""What a trial does at the end of each epoch: checkpoints, curves, and one report to Ray Tune."""
+
+import math
+import socket
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from ray import tune
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from search.checkpoint import AtomicCheckpointIO
+from search.figures import draw_confusion, tile
+from search.record import CheckpointFile
+
+CURVES = (
+    "train_loss",
+    "val_loss",
+    "train_macro_f1",
+    "val_macro_f1",
+    "train_accuracy",
+    "val_accuracy",
+    "lr",
+)
+BEST_OF = {"val_macro_f1": max, "val_accuracy": max, "val_loss": min}
+
+
+class ReportEpoch(pl.Callback):
+    """Saves what was trained and reports the epoch, once, when both its losses are known.
+
+    Ray's own callback reports on validation, which Lightning runs inside the training epoch, so
+    that its training loss is one epoch old; and it saves the whole model every time.
+
+    Args:
+        folder: The sweep's folder.
+        trial_folder: The trial's, in it, where checkpoints go.
+        metric: What the best epoch is chosen by.
+        mode: ``max`` or ``min``.
+        attempt: How often the trial was started before; part of the file names, so that a worker
+            that outlives its sweep cannot touch the files of the one that took over.
+        resume: Where an earlier attempt got to, none if nowhere.
+        checkpoint_io: The trainer's.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        trial_folder: Path,
+        metric: str,
+        mode: str,
+        attempt: int,
+        resume: dict[str, Any] | None,
+        checkpoint_io: AtomicCheckpointIO,
+    ) -> None:
+        self.folder = folder
+        self.trial_folder = trial_folder
+        self.metric = metric
+        self.sign = 1.0 if mode == "max" else -1.0
+        self.attempt = attempt
+        self.checkpoint_io = checkpoint_io
+        self.last: CheckpointFile | None = None
+        self.best: CheckpointFile | None = None
+        self.best_value = -math.inf
+        if resume is not None:
+            self.last = CheckpointFile(**resume["last"])
+            if resume["best"] is not None:
+                self.best = CheckpointFile(**resume["best"])
+                self.best_value = self.sign * resume["best_metrics"][metric]
+        self.epoch_start_s = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self.epoch_start_s = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, report, and delete what the report has made superfluous.
+
+        The report returns when the driver has recorded it: only then may older files go. It does
+        not return at all, but ends the thread, if the trial is stopped.
+        """
+        epoch = trainer.current_epoch + 1
+        metrics = epoch_metrics(trainer, pl_module)
+        metrics["epoch_s"] = time.perf_counter() - self.epoch_start_s
+        superfluous = []
+        value = self.sign * metrics[self.metric]
+        diverged = not all(math.isfinite(metrics[name]) for name in ("train_loss", "val_loss"))
+        if value > self.best_value and not diverged:
+            superfluous.append(self.best)
+            self.best = self._save(trainer, f"best-e{epoch:05d}", epoch, weights_only=True)
+            self.best_value = value
+        superfluous.append(self.last)
+        self.last = None
+        if epoch < (trainer.max_epochs or 0) and not diverged:
+            self.last = self._save(trainer, f"last-e{epoch:05d}", epoch, weights_only=False)
+        tune.report(
+            {
+                "epoch": epoch,
+                **{name: metrics[name] for name in ("train_loss", *BEST_OF)},
+                "metrics": metrics,
+                "confusion": pl_module.val_confusion.compute().tolist(),
+                "last": None if self.last is None else asdict(self.last),
+                "best": None if self.best is None else asdict(self.best),
+                "ran_on": f"{socket.gethostname()} {pl_module.device} {trainer.precision}",
+            }
+        )
+        for file in superfluous:
+            if file is not None:
+                self.checkpoint_io.remove_checkpoint(self.folder / file.path)
+
+    def _save(
+        self, trainer: pl.Trainer, stem: str, epoch: int, *, weights_only: bool
+    ) -> CheckpointFile:
+        path = self.trial_folder / f"{stem}-a{self.attempt}.ckpt"
+        trainer.save_checkpoint(path, weights_only=weights_only)
+        return CheckpointFile(
+            path=path.relative_to(self.folder).as_posix(),
+            digest=self.checkpoint_io.last_digest,
+            epoch=epoch,
+        )
+
+
+class TensorBoardCurves(pl.Callback):
+    """Writes a trial's TensorBoard run, epoch by epoch, params first.
+
+    The HParams tab shows a tag's last value, and users want the best: so the best so far is written
+    under ``best/`` at every epoch, and the tab is pointed there. It is right at any moment, also
+    for a trial that is stopped or fails.
+
+    Args:
+        log_dir: The run's folder.
+        params: For the HParams tab.
+        classes: Names for the confusion matrix.
+        metric: What the best epoch is chosen by.
+        resume: Where an earlier attempt got to, none if nowhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_dir: Path,
+        params: dict[str, Any],
+        classes: tuple[str, ...],
+        metric: str,
+        resume: dict[str, Any] | None,
+    ) -> None:
+        # What an interrupted attempt wrote of the epoch that is repeated is dropped.
+        purge_step = None if resume is None else resume["last"]["epoch"] + 1
+        self.writer = SummaryWriter(str(log_dir), purge_step=purge_step)
+        self.classes = classes
+        self.metric = metric
+        self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
+        best_tags = {f"best/{name}": 0.0 for name in BEST_OF}
+        experiment, start, self.end = hparams(params, best_tags)
+        self.writer.file_writer.add_summary(experiment)
+        self.writer.file_writer.add_summary(start)
+        self.writer.flush()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Show what the first batch of a trial looked like to the network."""
+        if batch_idx == 0 and trainer.current_epoch == 0:
+            images, _, rows = batch
+            views = pl_module.views(images[:16], epoch=0, samples=rows[:16])
+            self.writer.add_image("augmented training images", tile(views), 0)
+            self.writer.flush()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the curves, the best values so far, and the best epoch's confusion matrix."""
+        step = trainer.current_epoch + 1
+        metrics = epoch_metrics(trainer, pl_module)
+        for name in CURVES:
+            self.writer.add_scalar(name, metrics[name], step)
+        for name, better in BEST_OF.items():
+            value = metrics[name]
+            if not math.isfinite(value):
+                continue
+            improved = better(value, self.best.get(name, value)) == value
+            if improved and value != self.best.get(name):
+                self.best[name] = value
+                if name == self.metric:
+                    counts = pl_module.val_confusion.compute().cpu().numpy()
+                    image = draw_confusion(counts, self.classes)
+                    self.writer.add_image("confusion matrix of the best epoch", image, step)
+            self.writer.add_scalar(f"best/{name}", self.best[name], step)
+        self.writer.flush()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the run, however the trial ended."""
+        self.writer.file_writer.add_summary(self.end)
+        self.writer.close()
+
+
+def epoch_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    """Return the finished epoch's metrics, and the head's learning rate at its end."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+    return metrics

@@ -1,0 +1,272 @@
+"""The command line: what the user types, and what is printed back."""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from lightning_modules.errors import InputError
+
+DESCRIPTION = "Hyperparameter search for transfer learning on brain MRI."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exit 0 if it succeeded, 2 after a mistake of the user, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except InputError as error:
+        if options.debug:
+            raise
+        print(f"neurosweep: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        print("neurosweep: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="neurosweep", description=DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    launch = _command(commands, "launch", _launch, "run a sweep")
+    launch.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    launch.add_argument("--data", metavar="PATH", help="manifest CSV, or folder of class folders")
+    launch.add_argument(
+        "--weights",
+        action="append",
+        metavar="SPEC",
+        help="imagenet, random, a state dict, or a folder of them; repeat to try several in order",
+    )
+    launch.add_argument("--name", help="instead of the sweep file's name")
+    launch.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting of the sweep file, such as search.num_trials=16",
+    )
+    launch.add_argument("--storage", type=Path, metavar="DIR", help="where sweeps are (sweeps/)")
+    launch.add_argument(
+        "--skip-bad-images", action="store_true", help="go on without unreadable images"
+    )
+    _run_options(launch)
+
+    resume = _command(commands, "resume", _resume, "go on with an interrupted sweep")
+    _sweep_options(resume)
+    _run_options(resume)
+
+    top = _command(commands, "top", _top, "rank a sweep's trials, also while it runs")
+    _sweep_options(top)
+    top.add_argument("--num", type=int, default=20, metavar="N", help="rows to print (20)")
+
+    export = _command(commands, "export", _export, "write the best checkpoint as a bundle")
+    _sweep_options(export)
+    export.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    export.add_argument("--trial", type=int, metavar="NUMBER", help="instead of the best one")
+
+    predict = _command(commands, "predict", _predict, "classify images with a bundle")
+    predict.add_argument("bundle", type=Path, metavar="BUNDLE")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="SWEEP", help="a sweep's name, or its folder")
+    parser.add_argument(
+        "--storage", type=Path, default=Path("sweeps"), metavar="DIR", help="where sweeps are"
+    )
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", help="a running Ray cluster; one is started here if not given")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="export the best at the end")
+
+
+# Commands import what they need themselves: `top` should not wait for torch.
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from search.config import load_sweep
+
+    overrides: dict[str, Any] = dict(_assignment(text) for text in options.set)
+    if options.name is not None:
+        overrides["name"] = options.name
+    if options.data is not None:
+        overrides["data.path"] = str(Path(options.data).expanduser().resolve())
+        overrides["data.phantom"] = None
+    if options.weights is not None:
+        overrides["weights"] = [
+            spec if spec in ("imagenet", "random") else str(Path(spec).expanduser().resolve())
+            for spec in options.weights
+        ]
+    if options.storage is not None:
+        overrides["storage"] = str(options.storage)
+    if options.skip_bad_images:
+        overrides["data.skip_bad_images"] = True
+    sweep = load_sweep(options.sweep, overrides)
+    _check_export(options.export)
+
+    from search.tuner import launch_sweep
+
+    _run_to_end(launch_sweep, sweep, options)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from search.results import open_sweep
+
+    sweep = open_sweep(options.name, options.storage)
+    _check_export(options.export)
+
+    from search.tuner import resume_sweep
+
+    _run_to_end(resume_sweep, sweep, options)
+
+
+def _run_to_end(run: Any, sweep: Any, options: argparse.Namespace) -> None:
+    console = Console(highlight=False)
+    console.print(f"sweep {sweep.name} in {sweep.folder}", soft_wrap=True)
+    console.print(f"watch   {_tensorboard(sweep)}", soft_wrap=True)
+    start_s = time.monotonic()
+    with Bar(console=console, transient=True) as bar:
+        task = bar.add_task("decoding images", total=None, visible=False)
+        record = run(
+            sweep,
+            address=options.address,
+            decoding=lambda done, total: bar.update(
+                task, completed=done, total=total, visible=done < total
+            ),
+        )
+    _print_table(console, record, num_rows=20)
+    trials = record.trials()
+    unfinished = [trial for trial in trials if trial.state == "running"]
+    run_epochs = sum(len(trial.epochs) for trial in trials)
+    possible = sweep.search.num_trials * sweep.training.max_epochs
+    console.print(
+        f"{len(trials)} trials, {run_epochs} epochs run of {possible} possible, "
+        f"{time.monotonic() - start_s:.0f} s"
+    )
+    if unfinished or len(trials) < sweep.search.num_trials:
+        console.print(f"unfinished; go on with\n  neurosweep resume {_named(sweep)}")
+        sys.exit(130)
+    console.print("next", style="bold")
+    console.print(f"  neurosweep top {_named(sweep)}", soft_wrap=True)
+    console.print(f"  {_tensorboard(sweep)}", soft_wrap=True)
+    if options.export is None:
+        console.print(f"  neurosweep export {_named(sweep)} {sweep.name}-bundle", soft_wrap=True)
+    else:
+        _write_bundle(console, record, options.export, trial_number=None)
+
+
+def _top(options: argparse.Namespace) -> None:
+    from search.record import Record
+    from search.results import open_sweep
+
+    record = Record.open(open_sweep(options.name, options.storage))
+    _print_table(Console(highlight=False), record, num_rows=options.num)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from search.record import Record
+    from search.results import open_sweep
+
+    _check_export(options.out)
+    record = Record.open(open_sweep(options.name, options.storage))
+    _write_bundle(Console(highlight=False), record, options.out, trial_number=options.trial)
+
+
+def _write_bundle(console: Console, record: Any, out: Path, *, trial_number: int | None) -> None:
+    from search.export import export_trial
+
+    parity = export_trial(record, out, trial_number=trial_number)
+    console.print(
+        f"bundle {out}: ONNX and module agree on {parity.num_images} validation images, largest "
+        f"difference of a logit {parity.largest_difference:.2e}",
+        soft_wrap=True,
+    )
+    console.print(f"  neurosweep predict {shlex.quote(str(out))} IMAGE...", soft_wrap=True)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from lightning_modules.bundle import load_bundle
+
+    bundle = load_bundle(options.bundle)
+    console = Console(highlight=False)
+    table = Table("image", "class", "probability")
+    for path, probabilities in zip(options.images, bundle.predict(options.images), strict=True):
+        best = int(probabilities.argmax())
+        table.add_row(str(path), bundle.classes[best], f"{probabilities[best]:.3f}")
+    console.print(table)
+
+
+def _print_table(console: Console, record: Any, *, num_rows: int) -> None:
+    from search.results import rank
+
+    sweep = record.sweep
+    searched = list(sweep.space)
+    table = Table(title=f"{sweep.name}, best {sweep.metric} first", title_justify="left")
+    for column in ("trial", "state", "epochs", sweep.metric, "at", *searched):
+        table.add_column(column, no_wrap=True)
+    trials = record.trials()
+    for trial in rank(trials, sweep)[:num_rows]:
+        best = trial.best_epoch(sweep.metric, sweep.mode)
+        table.add_row(
+            f"{trial.number:05d}" + (" baseline" if trial.number == 0 else ""),
+            trial.state if trial.reason in ("", "max_epochs") else f"{trial.state}: {trial.reason}",
+            str(len(trial.epochs)),
+            "" if best is None else f"{best.metrics[sweep.metric]:.4f}",
+            "" if best is None else str(best.epoch),
+            *(_cell(getattr(trial.params, name)) for name in searched),
+        )
+    console.print(table)
+    if len(trials) > num_rows:
+        console.print(f"and {len(trials) - num_rows} more")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _tensorboard(sweep: Any) -> str:
+    return f"tensorboard --logdir {shlex.quote(str(sweep.folder / 'tensorboard'))}"
+
+
+def _named(sweep: Any) -> str:
+    """Return what names the sweep on a command line typed here."""
+    if Path(sweep.storage) == Path("sweeps").resolve():
+        return str(sweep.name)
+    return f"{sweep.name} --storage {shlex.quote(sweep.storage)}"
+
+
+def _check_export(out: Path | None) -> None:
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"a bundle goes into a new folder; {out} exists: give another")
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set must be KEY=VALUE, such as search.num_trials=16; got {text!r}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {key} must be a YAML value; got {value!r}") from error

@@ -1,0 +1,54 @@
+"""A sweep's images: found or simulated, split, and packed, the same way every time."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_modules.data.manifest import Manifest, assign_splits, read_manifest
+from lightning_modules.data.pack import Pack, build_pack, default_cache_dir
+from lightning_modules.data.phantom import write_phantoms
+from search.sweep import Sweep
+
+
+def prepare_data(
+    sweep: Sweep, progress: Callable[[int, int], None] | None = None
+) -> tuple[Manifest, Pack]:
+    """Return a sweep's manifest with its splits, and its pack; built once, then found.
+
+    Args:
+        sweep: Its data settings and seed.
+        progress: Called with images done and images in all, while decoding.
+
+    Raises:
+        InputError: If the images cannot be used as they are.
+    """
+    settings = sweep.data
+    if settings.phantom is not None:
+        path = write_phantoms(settings.phantom, _phantom_folder(sweep))
+    else:
+        assert settings.path is not None  # noqa: S101  config has checked it; narrows the type
+        path = Path(settings.path)
+    manifest = read_manifest(path, group_pattern=settings.group_pattern)
+    pack, manifest = build_pack(
+        manifest,
+        image_size_px=settings.image_size_px,
+        cache_dir=default_cache_dir(),
+        skip_bad_images=settings.skip_bad_images,
+        progress=progress,
+    )
+    manifest = assign_splits(
+        manifest,
+        val_fraction=settings.val_fraction,
+        test_fraction=settings.test_fraction,
+        seed=sweep.seed,
+    )
+    return manifest, pack
+
+
+def _phantom_folder(sweep: Sweep) -> Path:
+    assert sweep.data.phantom is not None  # noqa: S101  narrows the type
+    settings = json.dumps(dataclasses.asdict(sweep.data.phantom), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    return default_cache_dir() / "phantoms" / digest

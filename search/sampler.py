@@ -1,0 +1,402 @@
+"""Where the next trial's params come from: samplers that are built afresh for every trial.
+
+A sampler here keeps nothing between trials. What it proposes is a function of the sweep seed, the
+trial number and the trials in the study, so a sweep that is killed and resumed draws the params
+that an unkilled one draws.
+"""
+
+import hashlib
+import logging
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import cmaes  # type: ignore[import-untyped]
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc  # type: ignore[import-untyped]
+
+from lightning_modules.errors import InputError
+from search.space import Choice, Space, from_unit, grid_of, to_distributions, to_unit
+
+SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
+
+# A model is fitted on a scratch study in memory, one for each proposal: not worth a line each.
+logging.getLogger("optuna.storages._in_memory").setLevel(logging.WARNING)
+
+NUM_STARTUP_TRIALS = 10
+MIN_OBSERVATIONS = 10
+RANDOM_SHARE = 1 / 6
+NUM_CANDIDATES = 24
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Mixes numbers and names into one seed.
+
+    Args:
+        parts: What the seed is for, as in `derive_seed(sweep_seed, "trial", 7)`.
+
+    Returns:
+        32 bits that are the same in every process, unlike Python's own `hash`.
+    """
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def num_grid_points(space: Space) -> int:
+    """Counts the trials after which a grid search has tried everything.
+
+    Args:
+        space: The domain of each parameter.
+
+    Returns:
+        The number of points of the grid.
+    """
+    return math.prod(len(values) for values in grid_of(space).values())
+
+
+def build_sampler(
+    kind: str,
+    *,
+    space: Space,
+    seed: int,
+    trial_number: int,
+    mode: str,
+    rung_epochs: tuple[int, ...],
+) -> BaseSampler:
+    """Builds the sampler of one trial.
+
+    Args:
+        kind: One of `SAMPLERS`.
+        space: The domain of each parameter.
+        seed: The seed of the sweep.
+        trial_number: The number of the trial in the study.
+        mode: "max" or "min": which values of the metric are good.
+        rung_epochs: The epochs at which trials are compared, ascending; the last is the longest
+            training. Without early stopping it is the only one.
+
+    Returns:
+        A sampler for this trial only.
+
+    Raises:
+        InputError: There is no such sampler, or it cannot search this space.
+    """
+    trial_seed = derive_seed(seed, trial_number)
+    match kind:
+        case "tpe":
+            return RungTPESampler(
+                space=space,
+                seed=seed,
+                trial_number=trial_number,
+                mode=mode,
+                rung_epochs=rung_epochs,
+            )
+        case "gp":
+            return _RungGPSampler(
+                space=space,
+                seed=seed,
+                trial_number=trial_number,
+                mode=mode,
+                rung_epochs=rung_epochs,
+            )
+        case "cma_es":
+            return _CmaEsSampler(space=space, seed=trial_seed, mode=mode, rung_epochs=rung_epochs)
+        case "random":
+            return RandomSampler(seed=trial_seed)
+        case "grid":
+            return _GridSampler(space=space, seed=seed)
+        case _:
+            raise InputError(
+                f"sampler must be one of {', '.join(SAMPLERS)}, got {kind!r}: choose one of them"
+            )
+
+
+class _SpaceSampler(BaseSampler):
+    """What the samplers below share: every parameter of a known space is drawn jointly."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        fixed = trial.system_attrs.get("fixed_params", {})  # of an enqueued trial
+        return {n: d for n, d in to_distributions(self._space).items() if n not in fixed}
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        raise InputError(
+            f"every parameter must be in the space, got {param_name!r}: add it to the space"
+        )
+
+
+class RungTPESampler(_SpaceSampler):
+    """TPE with a model of its own for each rung of ASHA, after BOHB.
+
+    Optuna's TPE ranks a trial that was stopped after 3 epochs by its value there, beside trials
+    that trained to the end; Ray's OptunaSearch even tells it as complete. As BOHB does (Falkner et
+    al. 2018, arXiv 1807.01774), this one compares trials at one epoch only: that of the highest
+    rung which enough trials have reached, for ASHA (Li et al. 2018, arXiv 1810.05934) leaves few at
+    the top.
+
+    Args:
+        space: The domain of each parameter.
+        seed: The seed of the sweep.
+        trial_number: The number of the trial in the study.
+        mode: "max" or "min".
+        rung_epochs: The epochs at which trials are compared, ascending.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Space,
+        seed: int,
+        trial_number: int,
+        mode: str,
+        rung_epochs: tuple[int, ...],
+    ) -> None:
+        super().__init__(space)
+        self._seed = seed
+        self._trial_number = trial_number
+        self._mode = mode
+        self._rung_epochs = rung_epochs
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Proposes the params of a trial.
+
+        Args:
+            study: The sweep so far.
+            trial: The trial to fill.
+            search_space: The distribution of each parameter.
+
+        Returns:
+            The value of each parameter.
+        """
+        if not search_space:
+            return {}
+        trial_seed = derive_seed(self._seed, self._trial_number)
+        observed = _observations(study, trial.number, self._mode, self._rung_epochs)
+        is_random = np.random.default_rng(trial_seed).random() < RANDOM_SHARE
+        if observed is None or is_random:
+            return _sobol_point(self._space, derive_seed(self._seed, "sobol"), self._trial_number)
+        return _propose(self._model(trial_seed), observed, search_space, self._mode)
+
+    def _model(self, seed: int) -> BaseSampler:
+        return TPESampler(n_startup_trials=1, n_ei_candidates=NUM_CANDIDATES, seed=seed)
+
+
+class _RungGPSampler(RungTPESampler):
+    """The same with a Gaussian process: better with few parameters and trials, and slower."""
+
+    def _model(self, seed: int) -> BaseSampler:
+        return GPSampler(n_startup_trials=1, seed=seed)
+
+
+class _CmaEsSampler(_SpaceSampler):
+    """CMA-ES whose state is rebuilt from the finished trials for every proposal.
+
+    Optuna's own keeps its optimizer as a pickle in the study, which nobody should have to load to
+    resume a sweep, and it waits for complete trials, of which early stopping leaves few. Choices
+    have no order, so they are drawn at random.
+    """
+
+    def __init__(self, *, space: Space, seed: int, mode: str, rung_epochs: tuple[int, ...]) -> None:
+        super().__init__(space)
+        self._seed = seed
+        self._mode = mode
+        self._rung_epochs = rung_epochs
+        self._numeric = {
+            name: domain for name, domain in space.items() if not isinstance(domain, Choice)
+        }
+        if not self._numeric:
+            raise InputError(
+                "cma_es needs at least one float or int parameter, got only choices: "
+                "use the tpe sampler"
+            )
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        dimension = len(self._numeric)
+        optimizer = cmaes.CMA(
+            mean=np.full(dimension, 0.5),
+            sigma=1 / 6,  # so that the first generation covers the range: three sigmas a side
+            bounds=np.tile([0.0, 1.0], (dimension, 1)),
+            n_max_resampling=10 * dimension,
+        )
+        # In order of completion, so that a trial that ends late does not change generations past.
+        finished = sorted(
+            (t for t in study.get_trials(deepcopy=False) if t.state.is_finished()),
+            key=lambda t: (t.datetime_complete, t.number),
+        )
+        size = optimizer.population_size
+        for start in range(0, len(finished) - size + 1, size):
+            generation = finished[start : start + size]
+            ranked = sorted(generation, key=self._badness)
+            optimizer.tell([(self._position(t), float(rank)) for rank, t in enumerate(ranked)])
+        optimizer.reseed_rng(self._seed)
+        positions = dict(zip(self._numeric, optimizer.ask(), strict=True))
+        generator = np.random.default_rng(self._seed)
+        return {
+            name: from_unit(domain, float(positions.get(name, generator.random())))
+            for name, domain in self._space.items()
+        }
+
+    def _position(self, trial: FrozenTrial) -> np.ndarray:
+        return np.array([to_unit(d, trial.params[name]) for name, d in self._numeric.items()])
+
+    def _badness(self, trial: FrozenTrial) -> tuple[float, float]:
+        # CMA-ES looks at ranks only. A trial that got further beats one that was stopped before.
+        for epoch in reversed(self._rung_epochs):
+            value = _value_at(trial, epoch, self._mode)
+            if value is not None:
+                return -epoch, -value if self._mode == "max" else value
+        return 0, math.inf
+
+
+class _GridSampler(_SpaceSampler):
+    """Every point of the grid once, in an order shuffled by the sweep seed.
+
+    Optuna's own draws from what is left, and begins anew without a word when nothing is.
+    """
+
+    def __init__(self, *, space: Space, seed: int) -> None:
+        super().__init__(space)
+        self._seed = seed
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        # Enqueued trials, such as the baseline, take a number but no point.
+        earlier = study.get_trials(deepcopy=False)[: trial.number]
+        index = sum("fixed_params" not in t.system_attrs for t in earlier)
+        size = num_grid_points(self._space)
+        if index >= size:
+            raise InputError(
+                f"a grid of {size} points gives {size} trials, got a request for one more: "
+                "lower num_trials"
+            )
+        remainder = _permuted(index, size, self._seed)
+        params = {}
+        for name, values in grid_of(self._space).items():
+            remainder, position = divmod(remainder, len(values))
+            params[name] = values[position]
+        return params
+
+
+def _value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
+    """Finds a trial's best value up to an epoch; None if it was stopped before, or diverged.
+
+    The best and not the last, since the best epoch's checkpoint is what a sweep keeps. A complete
+    trial that ended before the epoch had nothing more to gain, so it counts there too.
+    """
+    if trial.state == TrialState.FAIL:
+        return None
+    values = {step: v for step, v in trial.intermediate_values.items() if math.isfinite(v)}
+    if not values or (max(values) < epoch and trial.state != TrialState.COMPLETE):
+        return None
+    reached = [value for step, value in values.items() if step <= epoch]
+    if not reached:
+        return None
+    return max(reached) if mode == "max" else min(reached)
+
+
+def _observations(
+    study: Study, number: int, mode: str, rung_epochs: tuple[int, ...]
+) -> list[tuple[FrozenTrial, float | None]] | None:
+    """Collects what is known at the highest rung with enough trials.
+
+    Args:
+        study: The sweep so far.
+        number: The trial to propose params for.
+        mode: "max" or "min".
+        rung_epochs: The epochs at which trials are compared, ascending.
+
+    Returns:
+        Trials and their value at the rung, None for those still running; None while even the
+        lowest rung has too few.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False) if t.number != number and t.params]
+    for epoch in reversed(rung_epochs):
+        values = {t.number: _value_at(t, epoch, mode) for t in trials}
+        known = [value for value in values.values() if value is not None]
+        if len(known) < MIN_OBSERVATIONS:
+            continue
+        worst = min(known) if mode == "max" else max(known)
+        observed: list[tuple[FrozenTrial, float | None]] = []
+        for trial in trials:
+            value = values[trial.number]
+            if value is not None:
+                observed.append((trial, value))
+            elif trial.state == TrialState.FAIL:
+                # Diverged: no value, but bad everywhere, so it warns at every rung. Not worse than
+                # the worst, which would stretch the scale of the Gaussian process.
+                observed.append((trial, worst))
+            elif trial.state == TrialState.RUNNING:
+                observed.append((trial, None))
+        return observed
+    return None
+
+
+def _propose(
+    model: BaseSampler,
+    observed: Sequence[tuple[FrozenTrial, float | None]],
+    distributions: dict[str, BaseDistribution],
+    mode: str,
+) -> dict[str, Any]:
+    """Asks one of Optuna's samplers, over a scratch study of values at one rung."""
+    scratch = optuna.create_study(
+        direction="maximize" if mode == "max" else "minimize", sampler=model
+    )
+    for trial, value in observed:
+        # Running trials stay so: Optuna's samplers keep away from them (constant liar, qEI), so
+        # that workers that ask at the same time do not get the same params.
+        state = TrialState.RUNNING if value is None else TrialState.COMPLETE
+        params = {name: trial.params[name] for name in distributions}
+        scratch.add_trial(
+            optuna.trial.create_trial(
+                state=state, value=value, params=params, distributions=distributions
+            )
+        )
+    return scratch.ask(distributions).params
+
+
+def _sobol_point(space: Space, seed: int, index: int) -> dict[str, Any]:
+    """Draws a point of a scrambled Sobol sequence: random, but more even than random points."""
+    engine = qmc.Sobol(len(space), scramble=True, rng=np.random.default_rng(seed))
+    if index:
+        engine.fast_forward(index)
+    positions = engine.random(1)[0]
+    return {
+        name: from_unit(domain, float(position))
+        for (name, domain), position in zip(space.items(), positions, strict=True)
+    }
+
+
+def _permuted(index: int, size: int, seed: int) -> int:
+    """Finds the number at an index of a shuffled range, without building the range."""
+    generator = random.Random(seed)  # noqa: S311 - an order, not a secret
+    moved: dict[int, int] = {}
+    chosen = 0
+    for step in range(index + 1):  # Fisher-Yates, only as far as asked
+        pick = generator.randrange(step, size)
+        chosen = moved.get(pick, pick)
+        moved[pick] = moved.get(step, step)
+    return chosen

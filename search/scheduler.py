@@ -1,0 +1,101 @@
+"""ASHA, able to take up where a killed sweep left off, and never to wait for a diverged trial."""
+
+import math
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from search.record import Trial
+from search.sweep import Sweep
+
+
+class ResumableASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no type information
+    """Ray's ASHA with one bracket, its rungs filled from the record.
+
+    Ray's own snapshot forgets the rungs, and its test `value < cut-off` is false for NaN, so that a
+    diverged trial would run to the end. It stops trials; it never pauses or promotes one.
+
+    Args:
+        sweep: Its metric, epochs, and rungs.
+        trials: What the record holds, empty for a new sweep.
+
+    Attributes:
+        reasons: Why a trial was stopped, by its id: ``asha``, ``diverged``, or ``max_epochs``.
+        cutoffs: The value it had to reach to go on, by its id.
+
+    References:
+        Li et al., "A System for Massively Parallel Hyperparameter Tuning",
+        https://arxiv.org/abs/1810.05934. Ray issue 30838 (schedulers are not restored).
+    """
+
+    def __init__(self, sweep: Sweep, trials: Iterable[Trial] = ()) -> None:
+        rungs = sweep.rung_epochs
+        factor = 2 if sweep.scheduler is None else sweep.scheduler.reduction_factor
+        super().__init__(
+            time_attr="epoch",
+            metric=sweep.metric,
+            mode=sweep.mode,
+            max_t=sweep.training.max_epochs,
+            grace_period=rungs[0],
+            reduction_factor=factor,
+        )
+        self._sweep = sweep
+        self._recorded = {trial.number: trial for trial in trials}
+        self.reasons: dict[str, str] = {}
+        self.cutoffs: dict[str, float] = {}
+        for trial in self._recorded.values():
+            if trial.state != "running":
+                # Under a name that no live trial has: only its place in the rungs is needed.
+                self._replay(trial, f"recorded-{trial.number}")
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Put a resumed trial's recorded epochs into the rungs under its new id."""
+        super().on_trial_add(tune_controller, trial)
+        recorded = self._recorded.get(trial.config["number"])
+        if recorded is not None:
+            self._replay(recorded, trial.trial_id)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide whether a trial goes on, and remember why not."""
+        if not _is_finite(result):
+            self.reasons[trial.trial_id] = "diverged"
+            return str(TrialScheduler.STOP)
+        # Before the trial's own value joins its rung.
+        cutoff = self._cutoff(result["epoch"])
+        action = super().on_trial_result(tune_controller, trial, result)
+        if action == TrialScheduler.STOP:
+            finished = result["epoch"] >= self._max_t
+            self.reasons[trial.trial_id] = "max_epochs" if finished else "asha"
+            self.cutoffs[trial.trial_id] = cutoff
+        return str(action)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Forget a trial that ended; a diverged one leaves no value in the rungs."""
+        if _is_finite(result):
+            super().on_trial_complete(tune_controller, trial, result)
+        else:
+            self.on_trial_remove(tune_controller, trial)
+
+    def _cutoff(self, epoch: int) -> float:
+        for milestone, recorded in self._brackets[0]._rungs:
+            if milestone == epoch and recorded:
+                return float(self._brackets[0].cutoff(recorded) * self._metric_op)
+        return math.nan
+
+    def _replay(self, trial: Trial, trial_id: str) -> None:
+        for epoch in trial.epochs:
+            value = epoch.metrics.get(self._sweep.metric)
+            if value is not None and epoch.stopped != "diverged":
+                self._brackets[0].on_result(
+                    SimpleNamespace(trial_id=trial_id), epoch.epoch, self._metric_op * value
+                )
+
+
+def _is_finite(result: dict[str, Any]) -> bool:
+    return all(
+        math.isfinite(value)
+        for name, value in result.items()
+        if name in ("train_loss", "val_loss", "val_macro_f1", "val_accuracy")
+    )

@@ -1,0 +1,337 @@
+"""Runs a sweep on Ray Tune: a new one, or one that was interrupted."""
+
+import contextlib
+import fcntl
+import logging
+import math
+import os
+import platform
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Read by Ray when it is imported. Under `uv run`, Ray would start every worker with uv again.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# The study is the record: Ray's own files would only repeat it.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+
+import ray
+from ray import tune
+
+from lightning_modules.data.manifest import Manifest
+from lightning_modules.data.pack import Pack
+from lightning_modules.errors import InputError
+from lightning_modules.weights import WeightOrigin, find_weights
+from search.config import dump_sweep
+from search.data import prepare_data
+from search.progress import Progress
+from search.record import Record, Trial
+from search.scheduler import ResumableASHA
+from search.searcher import StopOnStorageError, StudyRecorder, StudySearcher
+from search.sweep import Sweep
+from search.trial import train_trial
+
+# glibc gives memory back to the system after every step and faults it in again on the next, which
+# takes up to half of a training step on a CPU. Kept instead, it stays at its peak.
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+DecodingProgress = Callable[[int, int], None]
+
+
+def launch_sweep(
+    sweep: Sweep, *, address: str | None, decoding: DecodingProgress | None = None
+) -> Record:
+    """Run a new sweep to its end.
+
+    Args:
+        sweep: What to run; nothing of its name may exist yet.
+        address: A running Ray cluster's; none starts one on this machine.
+        decoding: Told how far the decoding of images has got.
+
+    Returns:
+        The sweep's record.
+
+    Raises:
+        InputError: If anything the user gave is wrong; all of it is found before Ray starts.
+    """
+    if sweep.folder.exists() and any(sweep.folder.iterdir()):
+        raise InputError(
+            f"the sweep's name must be new; {sweep.folder} exists: `neurosweep resume {sweep.name}`"
+            " goes on with it, `--name` takes another"
+        )
+    _check_writable(sweep)
+    manifest, pack = prepare_data(sweep, decoding)
+    weights = {
+        backbone: find_weights(
+            _as_list(sweep.weights[backbone]), backbone=backbone, seed=sweep.seed
+        )
+        for backbone in sweep.backbones
+    }
+    try:
+        with lock(sweep):
+            manifest.write(sweep.folder / "manifest.csv")
+            record = Record.create(sweep, _facts(manifest, pack, weights))
+            # Last: a folder with a sweep.yaml can be resumed.
+            (sweep.folder / "sweep.yaml").write_text(dump_sweep(sweep), encoding="utf-8")
+            _run(record, manifest, pack, weights, address=address)
+    except OSError as error:
+        raise InputError(f"the sweep's folder must be writable; {error}") from error
+    return record
+
+
+def resume_sweep(
+    sweep: Sweep, *, address: str | None, decoding: DecodingProgress | None = None
+) -> Record:
+    """Go on with a sweep that was interrupted; return at once if it was not.
+
+    Finished trials are not run again. Unfinished ones go on under their numbers and params from
+    their last whole checkpoint, and the scheduler's rungs hold every recorded epoch.
+
+    Args:
+        sweep: As it was launched.
+        address: A running Ray cluster's; none starts one on this machine.
+        decoding: Told how far the decoding of images has got.
+
+    Raises:
+        InputError: If the images or the initial weights are not the ones it was launched with.
+    """
+    record = Record.open(sweep)
+    with lock(sweep):
+        manifest, pack = prepare_data(sweep, decoding)
+        weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
+        _check_same_data(record, manifest, pack)
+        for backbone, origin in weights.items():
+            _check_same_weights(backbone, origin)
+        _run(record, manifest, pack, weights, address=address)
+    return record
+
+
+@contextlib.contextmanager
+def lock(sweep: Sweep) -> Iterator[None]:
+    """Hold the sweep, so that no two processes run it; let go by the system if this one dies.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    with (sweep.folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"a sweep runs in one process at a time; another runs {sweep.name}: wait for it, "
+                f"or look with `neurosweep top {sweep.name}`"
+            ) from error
+        yield
+
+
+def _run(
+    record: Record,
+    manifest: Manifest,
+    pack: Pack,
+    weights: dict[str, WeightOrigin],
+    *,
+    address: str | None,
+) -> None:
+    sweep = record.sweep
+    trials = record.trials()
+    scheduler = ResumableASHA(sweep, trials)
+    recorder = StudyRecorder(record, scheduler)
+    unfinished = []
+    for trial in trials:
+        if trial.state == "running" and trial.epochs and trial.epochs[-1].stopped:
+            # The decision was recorded, the telling was not.
+            recorder.settle(trial)
+        elif trial.state == "running":
+            unfinished.append(trial)
+    remaining = len(unfinished) + sweep.search.num_trials - len(trials)
+    if remaining <= 0:
+        return
+    with _ray(address), tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
+        tuner = _build_tuner(
+            record, scheduler, recorder, unfinished, remaining, manifest, pack, weights,
+            ray_folder=Path(scratch) if address is None else sweep.folder / "ray",
+        )  # fmt: skip
+        # What went wrong in a trial is recorded and printed by our own callbacks.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        tuner.fit()
+        shutil.rmtree(sweep.folder / "ray", ignore_errors=True)
+    if recorder.storage_error:
+        raise InputError(
+            f"the sweep's storage must take what is written; {recorder.storage_error}: make room, "
+            f"then `neurosweep resume {sweep.name}`; nothing recorded is lost"
+        )
+
+
+def _build_tuner(
+    record: Record,
+    scheduler: ResumableASHA,
+    recorder: StudyRecorder,
+    unfinished: list[Trial],
+    num_trials: int,
+    manifest: Manifest,
+    pack: Pack,
+    weights: dict[str, WeightOrigin],
+    *,
+    ray_folder: Path,
+) -> tune.Tuner:
+    sweep = record.sweep
+    resources = _trial_resources(sweep)
+    concurrent = sweep.search.max_concurrent_trials or _max_concurrent(resources)
+    trainable = tune.with_parameters(
+        train_trial, sweep=sweep, manifest=manifest, pack=pack, weights=weights
+    )
+    return tune.Tuner(
+        tune.with_resources(trainable, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=StudySearcher(record, unfinished),
+            scheduler=scheduler,
+            num_samples=num_trials,
+            # Without it Ray creates the trials of a custom searcher one after another.
+            max_concurrent_trials=min(concurrent, num_trials),
+            time_budget_s=sweep.search.time_budget_s,
+            # Importing torch and Lightning takes longer than a short trial.
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=sweep.name,
+            storage_path=str(ray_folder),
+            stop=StopOnStorageError(recorder),
+            callbacks=[recorder, Progress(record, scheduler, num_running=concurrent)],
+            verbose=0,
+        ),
+    )
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["name"])
+
+
+def _trial_resources(sweep: Sweep) -> dict[str, float]:
+    gpus = sweep.resources.gpus_per_trial
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    resources = {"cpu": float(sweep.resources.cpus_per_trial), "gpu": gpus}
+    for name, key in (("cpu", "CPU"), ("gpu", "GPU")):
+        there = ray.cluster_resources().get(key, 0.0)
+        if resources[name] > there:
+            raise InputError(
+                f"resources.{name}s_per_trial must fit the cluster; got {resources[name]:g}, and "
+                f"it has {there:g}: ask for less"
+            )
+    return resources
+
+
+def _max_concurrent(resources: dict[str, float]) -> int:
+    cluster = ray.cluster_resources()
+    fits = [
+        cluster.get(key, 0.0) / resources[name]
+        for name, key in (("cpu", "CPU"), ("gpu", "GPU"))
+        if resources[name]
+    ]
+    return max(1, math.floor(min(fits) + 1e-6))
+
+
+@contextlib.contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """Connect to a cluster, or start one on this machine that nobody else can reach."""
+    environment = {"env_vars": WORKER_ENVIRONMENT}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        # Ray asks for a token by default, also on loopback, which a machine's users share. Given
+        # here, the token is this sweep's alone and none is written to the home folder.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            runtime_env=environment,
+            **quiet,
+        )
+    else:
+        try:
+            ray.init(address=address, runtime_env=environment, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"--address must be a Ray cluster that answers; got {address}: {reason}"
+            ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_writable(sweep: Sweep) -> None:
+    try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=sweep.folder) as probe:
+            probe.write(b"\0" * 65536)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise InputError(
+            f"storage must be a folder that can be written; {sweep.storage}: {error.strerror}: "
+            "give another with `--storage`"
+        ) from error
+
+
+def _check_same_data(record: Record, manifest: Manifest, pack: Pack) -> None:
+    for name, now in (("manifest_digest", manifest.digest), ("pack_digest", pack.digest)):
+        then = record.facts[name]
+        if then != now:
+            raise InputError(
+                f"a sweep is resumed on the images it was launched on; {name} was {then[:12]} and "
+                f"is {now[:12]}: restore them, or launch a new sweep"
+            )
+
+
+def _check_same_weights(backbone: str, origin: WeightOrigin) -> None:
+    now = find_weights(origin.path or "random", backbone=backbone, seed=origin.seed)
+    if now.digest != origin.digest:
+        raise InputError(
+            f"a sweep is resumed from the weights it was launched with; {origin.path} has changed "
+            f"(digest {origin.digest[:12]}, now {now.digest[:12]}): restore the file"
+        )
+
+
+def _facts(manifest: Manifest, pack: Pack, weights: dict[str, WeightOrigin]) -> dict[str, Any]:
+    packages = ("torch", "torchvision", "pytorch-lightning", "ray", "optuna", "kornia")
+    return {
+        "classes": list(manifest.classes),
+        "manifest_digest": manifest.digest,
+        "pack_digest": pack.digest,
+        "skipped_images": list(pack.skipped),
+        "weights": {
+            name: {
+                "origin": origin.origin,
+                "path": origin.path,
+                "digest": origin.digest,
+                "seed": origin.seed,
+            }
+            for name, origin in weights.items()
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "neurosweep": version("neurosweep"),
+            **{name: version(name) for name in packages},
+        },
+    }
+
+
+def _as_list(spec: str | tuple[str, ...]) -> list[str]:
+    return [spec] if isinstance(spec, str) else list(spec)
