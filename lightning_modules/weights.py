@@ -183,8 +183,8 @@ def _local_file(attempt: str, backbone: str, base: Path) -> Path | None:
 
 def _download_imagenet(backbone: str) -> Path:
     """Return torchvision's file in torch.hub's folder, downloaded and checked if not yet there."""
-    url = torchvision.models.get_weight(IMAGENET_WEIGHTS[backbone]).url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    url: str = torchvision.models.get_weight(IMAGENET_WEIGHTS[backbone]).url
+    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     # torchvision names its files by the first eight digits of their SHA-256.
     expected = path.stem.rsplit("-", 1)[1]
     if path.is_file() and _sha256_of_file(path).startswith(expected):

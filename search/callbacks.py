@@ -9,9 +9,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 from ray import tune
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from lightning_modules.classifier import ImageClassifier
 from search.checkpoint import AtomicCheckpointIO
 from search.figures import draw_confusion, tile
 from search.record import CheckpointFile
@@ -101,7 +103,7 @@ class ReportEpoch(pl.Callback):
                 "epoch": epoch,
                 **{name: metrics[name] for name in ("train_loss", *BEST_OF)},
                 "metrics": metrics,
-                "confusion": pl_module.val_confusion.compute().tolist(),
+                "confusion": _confusion(pl_module).tolist(),
                 "last": None if self.last is None else asdict(self.last),
                 "best": None if self.best is None else asdict(self.best),
                 "ran_on": f"{socket.gethostname()} {pl_module.device} {trainer.precision}",
@@ -155,8 +157,9 @@ class TensorBoardCurves(pl.Callback):
         self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
         best_tags = {f"best/{name}": 0.0 for name in BEST_OF}
         experiment, start, self.end = hparams(params, best_tags)
-        self.writer.file_writer.add_summary(experiment)
-        self.writer.file_writer.add_summary(start)
+        self.file = self.writer._get_file_writer()
+        self.file.add_summary(experiment)
+        self.file.add_summary(start)
         self.writer.flush()
 
     def on_train_batch_end(
@@ -170,6 +173,7 @@ class TensorBoardCurves(pl.Callback):
         """Show what the first batch of a trial looked like to the network."""
         if batch_idx == 0 and trainer.current_epoch == 0:
             images, _, rows = batch
+            assert isinstance(pl_module, ImageClassifier)  # noqa: S101  narrows the type
             views = pl_module.views(images[:16], epoch=0, samples=rows[:16])
             self.writer.add_image("augmented training images", tile(views), 0)
             self.writer.flush()
@@ -188,7 +192,7 @@ class TensorBoardCurves(pl.Callback):
             if improved and value != self.best.get(name):
                 self.best[name] = value
                 if name == self.metric:
-                    counts = pl_module.val_confusion.compute().cpu().numpy()
+                    counts = _confusion(pl_module).numpy()
                     image = draw_confusion(counts, self.classes)
                     self.writer.add_image("confusion matrix of the best epoch", image, step)
             self.writer.add_scalar(f"best/{name}", self.best[name], step)
@@ -196,8 +200,14 @@ class TensorBoardCurves(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the run, however the trial ended."""
-        self.writer.file_writer.add_summary(self.end)
+        self.file.add_summary(self.end)
         self.writer.close()
+
+
+def _confusion(module: pl.LightningModule) -> Tensor:
+    assert isinstance(module, ImageClassifier)  # noqa: S101  narrows the type
+    counts: Tensor = module.val_confusion.compute().cpu()
+    return counts
 
 
 def epoch_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -143,7 +144,7 @@ def _resume(options: argparse.Namespace) -> None:
 
 
 def _run_to_end(run: Any, sweep: Any, options: argparse.Namespace) -> None:
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"sweep {sweep.name} in {sweep.folder}", soft_wrap=True)
     console.print(f"watch   {_tensorboard(sweep)}", soft_wrap=True)
     start_s = time.monotonic()
@@ -182,7 +183,7 @@ def _top(options: argparse.Namespace) -> None:
     from search.results import open_sweep
 
     record = Record.open(open_sweep(options.name, options.storage))
-    _print_table(Console(highlight=False), record, num_rows=options.num)
+    _print_table(_console(), record, num_rows=options.num)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -191,7 +192,7 @@ def _export(options: argparse.Namespace) -> None:
 
     _check_export(options.out)
     record = Record.open(open_sweep(options.name, options.storage))
-    _write_bundle(Console(highlight=False), record, options.out, trial_number=options.trial)
+    _write_bundle(_console(), record, options.out, trial_number=options.trial)
 
 
 def _write_bundle(console: Console, record: Any, out: Path, *, trial_number: int | None) -> None:
@@ -210,8 +211,8 @@ def _predict(options: argparse.Namespace) -> None:
     from lightning_modules.bundle import load_bundle
 
     bundle = load_bundle(options.bundle)
-    console = Console(highlight=False)
-    table = Table("image", "class", "probability")
+    console = _console()
+    table = Table("image", "class", "probability", box=box.SIMPLE_HEAD)
     for path, probabilities in zip(options.images, bundle.predict(options.images), strict=True):
         best = int(probabilities.argmax())
         table.add_row(str(path), bundle.classes[best], f"{probabilities[best]:.3f}")
@@ -223,27 +224,52 @@ def _print_table(console: Console, record: Any, *, num_rows: int) -> None:
 
     sweep = record.sweep
     searched = list(sweep.space)
-    table = Table(title=f"{sweep.name}, best {sweep.metric} first", title_justify="left")
-    for column in ("trial", "state", "epochs", sweep.metric, "at", *searched):
-        table.add_column(column, no_wrap=True)
     trials = record.trials()
+    rows = []
     for trial in rank(trials, sweep)[:num_rows]:
         best = trial.best_epoch(sweep.metric, sweep.mode)
-        table.add_row(
-            f"{trial.number:05d}" + (" baseline" if trial.number == 0 else ""),
-            trial.state if trial.reason in ("", "max_epochs") else f"{trial.state}: {trial.reason}",
-            str(len(trial.epochs)),
-            "" if best is None else f"{best.metrics[sweep.metric]:.4f}",
-            "" if best is None else str(best.epoch),
-            *(_cell(getattr(trial.params, name)) for name in searched),
+        rows.append(
+            (
+                f"{trial.number:05d}",
+                _state(trial),
+                "" if best is None else f"{best.metrics[sweep.metric]:.4f}",
+                f"{'-' if best is None else best.epoch}/{len(trial.epochs)}",
+                *(_cell(getattr(trial.params, name)) for name in searched),
+            )
         )
+    table = Table(
+        title=f"{sweep.name}: best {sweep.metric} first; trial 00000 is the baseline",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    headers = ("trial", "state", sweep.metric, "epoch best/run", *searched)
+    for index, header in enumerate(headers):
+        # Headers may wrap at their words, values may not: 80 columns hold the default space.
+        widest = max((min(len(row[index]), 40) for row in rows), default=0)
+        table.add_column(header.replace("_", " "), min_width=widest, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     if len(trials) > num_rows:
         console.print(f"and {len(trials) - num_rows} more")
 
 
+def _state(trial: Any) -> str:
+    if trial.state == "pruned":
+        return "out of time" if trial.reason == "time_budget" else "stopped"
+    return f"failed: {trial.reason}" if trial.state == "failed" else str(trial.state)
+
+
+def _console() -> Console:
+    """Return the terminal; a pipe or a file gets lines that are not wrapped."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
 def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _tensorboard(sweep: Any) -> str:
@@ -270,3 +296,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise InputError(f"--set {key} must be a YAML value; got {value!r}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -41,6 +41,8 @@ def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
         return _checked(_build_sweep(document, base=path.resolve().parent))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except RuntimeError as error:  # Path.expanduser
+        raise InputError(f"{path}: paths must not start with ~NAME; write them out") from error
 
 
 def dump_sweep(sweep: Sweep) -> str:
@@ -55,7 +57,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            line = self.peek_event().start_mark.line + 1
+            event = self.peek_event()  # type: ignore[no-untyped-call]  # types-PyYAML has none
+            line = event.start_mark.line + 1
             raise InputError(f"line {line}: aliases are not supported; write the value out")
         return super().compose_node(parent, index)
 
@@ -66,7 +69,8 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key_node, yaml.ScalarNode):
                 raise InputError(f"line {line}: a key must be a word")
             if key_node.value in seen:
-                raise InputError(f"line {line}: {key_node.value} is given twice; remove one")
+                twice = _shown(key_node.value)
+                raise InputError(f"line {line}: {twice} is given twice; remove one")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -81,7 +85,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: must be YAML; {reason[:300]}") from error
     if not isinstance(document, dict):
@@ -105,7 +109,7 @@ def _build_sweep(document: dict[str, Any], base: Path) -> Sweep:
     if "data" not in document:
         raise InputError("data must say which images: data.path, or data.phantom")
     plain = {k: v for k, v in document.items() if k not in ("space", "weights")}
-    sweep = _build(Sweep, plain, "")
+    sweep: Sweep = _build(Sweep, plain, "")
     changes: dict[str, Any] = {
         # Results belong where the command is run, not beside the sweep file.
         "storage": str(Path(sweep.storage).expanduser().resolve()),
@@ -136,7 +140,7 @@ def _build(cls: type[Any], given: Any, dotted: str) -> Any:
     try:
         return cls(**values)
     except InputError as error:
-        message = str(error)
+        message = str(error).removeprefix(f"{dotted.rpartition('.')[2]} ")
         # A class that knows its own place in the file has said so already.
         prefix = "" if not dotted or message.startswith(dotted) else f"{dotted}."
         raise InputError(f"{prefix}{message}") from error
@@ -158,10 +162,13 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:
         return value
     if hint in (int, float):
         return _number(value, hint, dotted)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or _CONTROL.search(value):
         raise InputError(f"{dotted} must be text; got {_shown(value)}")
     return value
 
+
+# Control characters and half pairs, which no path or name can have.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # What YAML 1.1 reads as text though it is a number to everyone else: 1e-4, 5E3.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -171,12 +178,13 @@ def _number(value: Any, hint: type[int] | type[float], dotted: str) -> int | flo
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
     kind = "a whole number" if hint is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not finite:
         raise InputError(f"{dotted} must be {kind}; got {_shown(value)}")
     if hint is int and value != int(value):
         raise InputError(f"{dotted} must be a whole number; got {value}")
     if abs(value) > 2**53:
-        raise InputError(f"{dotted} must be within plus or minus 2**53; got {value}")
+        raise InputError(f"{dotted} must be within plus or minus 2**53; got {_shown(value)}")
     return hint(value)
 
 
@@ -195,7 +203,7 @@ def _build_weights_spec(spec: Any, base: Path, name: str) -> WeightsSpec:
     if (
         not isinstance(attempts, Sequence)
         or not attempts
-        or not all(isinstance(attempt, str) and attempt for attempt in attempts)
+        or not all(isinstance(path, str) and path and not _CONTROL.search(path) for path in attempts)
     ):
         raise InputError(
             "weights must be imagenet, random, a path, or a list of these; "
@@ -259,7 +267,7 @@ def _checked(sweep: Sweep) -> Sweep:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", sweep.name):
         raise InputError(
             "name must be 1 to 64 letters, digits, dots, dashes, or underscores, a letter or digit "
-            f"first; got {sweep.name!r}"
+            f"first; got {_shown(sweep.name)}"
         )
     _one_of(sweep.metric, tuple(METRIC_MODES), "metric")
     _one_of(sweep.search.sampler, SAMPLERS, "search.sampler")
@@ -336,7 +344,7 @@ def _check_gpus(gpus_per_trial: float) -> None:
 
 def _within(dotted: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise InputError(f"{dotted} must be in [{low:g}, {high:g}]; got {value:g}")
+        raise InputError(f"{dotted} must be in [{low:.10g}, {high:.10g}]; got {value:.10g}")
 
 
 def _one_of(value: Any, allowed: Sequence[Any], dotted: str) -> Any:
@@ -357,12 +365,15 @@ def _check_keys(dotted: str, given: Mapping[Any, Any], known: set[str]) -> None:
 
 
 def _nearest(value: Any, allowed: Sequence[Any] | set[str]) -> str:
-    near = difflib.get_close_matches(str(value), [str(option) for option in allowed], n=1)
+    near = difflib.get_close_matches(_shown(value).strip("'"), [str(option) for option in allowed], n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of more than 4,300 digits
+        return "a number too long to print"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

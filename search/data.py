@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_modules.data.manifest import Manifest, assign_splits, read_manifest
+from lightning_modules.data.manifest import Manifest, read_manifest
 from lightning_modules.data.pack import Pack, build_pack, default_cache_dir
 from lightning_modules.data.phantom import write_phantoms
+from lightning_modules.data.splits import assign_splits
 from search.sweep import Sweep
 
 

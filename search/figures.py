@@ -51,7 +51,7 @@ def draw_confusion(
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
         color = "white" if share[row, column] > 0.5 else "black"
-        axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=color)
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color)
     axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set_xlabel("predicted")

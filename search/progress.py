@@ -12,7 +12,7 @@ from search.record import Record
 from search.scheduler import ResumableASHA
 
 
-class Progress(Callback):  # type: ignore[misc]  # Ray has no type information
+class Progress(Callback):
     """Prints a line an epoch and an ending, above a line that is kept up to date.
 
     Args:
@@ -24,8 +24,8 @@ class Progress(Callback):  # type: ignore[misc]  # Ray has no type information
     def __init__(self, record: Record, scheduler: ResumableASHA, *, num_running: int) -> None:
         self._record = record
         self._scheduler = scheduler
-        self._console = Console(highlight=False)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        console = Console(highlight=False, soft_wrap=True)
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._start_s = time.monotonic()
         self._counts = {"complete": 0, "pruned": 0, "failed": 0}
         for trial in record.trials():
@@ -38,7 +38,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray has no type information
         """Leave the terminal out of Ray's snapshot, which is never read back."""
         return {}
 
-    def setup(self, stop: Any = None, num_samples: Any = None, **info: Any) -> None:
+    def setup(self, *arguments: Any, **info: Any) -> None:
         """Start the live line."""
         self._live.start()
 
@@ -67,7 +67,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray has no type information
             line.append("  diverged: loss or metric is not finite", style="red")
         elif reason == "max_epochs":
             line.append("  complete", style="green")
-        self._live.console.print(line)
+        self._live.console.print(line, soft_wrap=True)
         self._update()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import optuna
 import sqlalchemy.exc
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_modules.errors import InputError
@@ -21,6 +22,9 @@ from lightning_modules.seeds import derive_seed
 from search.sampler import build_sampler
 from search.space import to_distributions
 from search.sweep import Sweep, TrialParams
+
+# Its news of every study and trial would break into our own lines.
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 State = Literal["running", "complete", "pruned", "failed"]
 
@@ -136,7 +140,7 @@ class Record:
         Raises:
             InputError: If there is one of that name, or the storage cannot be reached.
         """
-        direction = "maximize" if sweep.mode == "max" else "minimize"
+        direction = StudyDirection.MAXIMIZE if sweep.mode == "max" else StudyDirection.MINIMIZE
         storage = _open_storage(sweep)
         try:
             study = optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)

@@ -11,7 +11,7 @@ from search.record import Trial
 from search.sweep import Sweep
 
 
-class ResumableASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no type information
+class ResumableASHA(ASHAScheduler):
     """Ray's ASHA with one bracket, its rungs filled from the record.
 
     Ray's own snapshot forgets the rungs, and its test `value < cut-off` is false for NaN, so that a
@@ -42,6 +42,7 @@ class ResumableASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no type inf
             reduction_factor=factor,
         )
         self._sweep = sweep
+        self._sign = 1.0 if sweep.mode == "max" else -1.0
         self._recorded = {trial.number: trial for trial in trials}
         self.reasons: dict[str, str] = {}
         self.cutoffs: dict[str, float] = {}
@@ -81,16 +82,16 @@ class ResumableASHA(ASHAScheduler):  # type: ignore[misc]  # Ray has no type inf
     def _cutoff(self, epoch: int) -> float:
         for milestone, recorded in self._brackets[0]._rungs:
             if milestone == epoch and recorded:
-                return float(self._brackets[0].cutoff(recorded) * self._metric_op)
+                cutoff: Any = self._brackets[0].cutoff(recorded)
+                return float(cutoff * self._sign)
         return math.nan
 
     def _replay(self, trial: Trial, trial_id: str) -> None:
         for epoch in trial.epochs:
             value = epoch.metrics.get(self._sweep.metric)
             if value is not None and epoch.stopped != "diverged":
-                self._brackets[0].on_result(
-                    SimpleNamespace(trial_id=trial_id), epoch.epoch, self._metric_op * value
-                )
+                stand_in: Any = SimpleNamespace(trial_id=trial_id)
+                self._brackets[0].on_result(stand_in, epoch.epoch, self._sign * value)
 
 
 def _is_finite(result: dict[str, Any]) -> bool:

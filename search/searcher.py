@@ -19,7 +19,7 @@ from search.sweep import METRIC_MODES
 STORAGE_FAULTS = ("[Errno 28]", "[Errno 30]", "[Errno 13]", "[Errno 122]")
 
 
-class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no type information
+class StudySearcher(Searcher):
     """Hands out trials: first the unfinished ones of the record, then new ones.
 
     It only asks; ``StudyRecorder`` tells. Ray's own OptunaSearch tells a stopped trial as complete,
@@ -36,15 +36,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no type informat
         self._unfinished = deque(unfinished)
         self._num_drawn = len(record.trials())
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return what a worker needs to run the next trial."""
+    def suggest(self, trial_id: str) -> Any:
+        """Return what a worker needs to run the next trial, or that there is none."""
         if self._unfinished:
             trial = self._record.restart(self._unfinished.popleft().number)
         elif self._num_drawn < self._record.sweep.search.num_trials:
             trial = self._record.draw()
             self._num_drawn += 1
         else:
-            return str(Searcher.FINISHED)
+            return Searcher.FINISHED
         return {
             "number": trial.number,
             "name": trial.name,
@@ -80,7 +80,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no type informat
         """Restore nothing."""
 
 
-class StudyRecorder(Callback):  # type: ignore[misc]  # Ray has no type information
+class StudyRecorder(Callback):
     """Commits every epoch and every ending to the record as it arrives.
 
     Args:
@@ -160,7 +160,7 @@ class StudyRecorder(Callback):  # type: ignore[misc]  # Ray has no type informat
         remove_all_but(folder / "trials" / f"{trial.number:05d}", keep)
 
 
-class StopOnStorageError(Stopper):  # type: ignore[misc]  # Ray has no type information
+class StopOnStorageError(Stopper):
     """Ends the sweep once storage has given out: no trial could be recorded any more.
 
     Args:

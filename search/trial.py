@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import PackDataModule, balanced_class_weights
@@ -49,7 +49,7 @@ def train_trial(
     params = TrialParams(**config["params"])
     resume = config["resume"]
     if not pack.path.is_file():
-        pack, _ = prepare_data(sweep)
+        manifest, pack = prepare_data(sweep)
     module = build_module(
         params, sweep=sweep, manifest=manifest, weights=weights, seed=config["seed"]
     )

@@ -242,14 +242,17 @@ def _max_concurrent(resources: dict[str, float]) -> int:
         for name, key in (("cpu", "CPU"), ("gpu", "GPU"))
         if resources[name]
     ]
-    return max(1, math.floor(min(fits) + 1e-6))
+    return max(1, math.floor(float(min(fits)) + 1e-6))
 
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine that nobody else can reach."""
-    environment = {"env_vars": WORKER_ENVIRONMENT}
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
     if address is None:
         # Ray asks for a token by default, also on loopback, which a machine's users share. Given
         # here, the token is this sweep's alone and none is written to the home folder.
@@ -259,12 +262,11 @@ def _ray(address: str | None) -> Iterator[None]:
             address="local",
             _node_ip_address="127.0.0.1",
             include_dashboard=False,
-            runtime_env=environment,
-            **quiet,
+            **options,
         )
     else:
         try:
-            ray.init(address=address, runtime_env=environment, **quiet)
+            ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(

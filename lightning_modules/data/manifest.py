@@ -13,8 +13,7 @@ import posixpath
 import re
 import stat
 import uuid
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +64,16 @@ class Manifest:
         return hashed.hexdigest()
 
     def labels(self) -> Rows:
-        """Class index of every row."""
+        """Return the class index of every row."""
         codes = pd.Categorical(self.frame["label"], categories=list(self.classes)).codes
         return np.asarray(codes, dtype=np.int64)
 
     def rows(self, split: str) -> Rows:
-        """Row numbers of one split, ascending; empty where nothing is assigned to it."""
+        """Return the row numbers of one split, ascending; empty where nothing is assigned to it."""
         return np.flatnonzero((self.frame["split"] == split).to_numpy()).astype(np.int64)
 
     def write(self, path: Path) -> None:
-        """Writes the frame as CSV, whole or not at all.
+        """Write the frame as CSV, whole or not at all.
 
         Paths stay relative to `root`: written anywhere else, the file no longer finds its images.
 
@@ -93,7 +92,7 @@ class Manifest:
 
 
 def read_manifest(path: Path, *, group_pattern: str | None = None) -> Manifest:
-    """Reads and checks a manifest; opens no image.
+    """Read and check a manifest; open no image.
 
     Args:
         path: A CSV file, a folder that holds `manifest.csv`, or a folder of class folders with
@@ -132,66 +131,8 @@ def read_manifest(path: Path, *, group_pattern: str | None = None) -> Manifest:
     return Manifest(root, frame[[*COLUMNS, *further]])
 
 
-def assign_splits(
-    manifest: Manifest, *, val_fraction: float, test_fraction: float, seed: int
-) -> Manifest:
-    """Splits by group, keeping the classes' shares; leaves a manifest that has splits as it is.
-
-    Folds are whole, so a fraction becomes the nearest 1/n of rows (0.15: a seventh), and more
-    where a class has fewer than n groups. The same frame and seed give the same splits.
-
-    Args:
-        manifest: With a split in every row, or in none.
-        val_fraction: Share of rows for val, in (0, 0.5].
-        test_fraction: Share of rows for test, 0 or in (0, 0.5]; train keeps at least val's share.
-        seed: In [0, 2**32).
-
-    Returns:
-        A manifest in which every class occurs in train and val, and in test if there is one.
-
-    Raises:
-        InputError: If a fraction is out of range, or a class has too few groups.
-    """
-    frame, classes = manifest.frame, manifest.classes
-    if (frame["split"] != "").all():
-        for split in ("train", "val"):
-            for label in sorted(set(classes) - set(frame["label"][frame["split"] == split])):
-                raise InputError(
-                    f"every class must occur in train and val; got no {split} image of {label!r}; "
-                    f"move a group of it to {split}, or empty the split column"
-                )
-        return manifest
-    _check_fractions(val_fraction, test_fraction, seed)
-
-    labels = manifest.labels()
-    groups = pd.factorize(frame["group_id"])[0].astype(np.int64)
-    n_groups = _groups_a_class(labels, groups, len(classes))
-    everything = np.arange(len(frame), dtype=np.int64)
-    tests: Iterable[Rows] = ()
-    if n_groups.min() >= (3 if test_fraction else 2):
-        # Without a test split, the one candidate is a fold of no rows.
-        tests = (everything[:0],)
-        if test_fraction:
-            tests = _held_out(labels, groups, test_fraction, seed, spare=2)
-    for test in tests:
-        rest = np.setdiff1d(everything, test)
-        share = val_fraction / (1 - test_fraction)
-        for val in _held_out(labels[rest], groups[rest], share, seed, spare=1):
-            split_of = np.full(len(frame), "train", dtype=object)
-            split_of[test], split_of[rest[val]] = "test", "val"
-            column = pd.Series(split_of, index=frame.index, dtype="str")
-            return Manifest(manifest.root, frame.assign(split=column))
-    rarest = int(n_groups.argmin())
-    raise InputError(
-        f"every class must occur in train{', val and test' if test_fraction else ' and val'}, "
-        f"each time with other groups; got {n_groups[rarest]} group(s) of {classes[rarest]!r}, the "
-        f"fewest; add groups of it{', set test_fraction to 0' if test_fraction else ''} or leave "
-        "the class out"
-    )
-
-
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: temporary name in the same folder, fsync, rename.
+    """Write a file whole or not at all: temporary name in the same folder, fsync, rename.
 
     Raises:
         OSError: If the file cannot be written; the temporary file is gone by then.
@@ -208,7 +149,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def some_of(items: Sequence[str], limit: int = 10) -> str:
-    """The first few items in one line, and how many more there are."""
+    """Return the first few items in one line, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
@@ -218,7 +159,7 @@ def _broken(file: Path, rule: str, got: object, remedy: str) -> InputError:
 
 
 def _class_folders(root: Path) -> pd.DataFrame:
-    """One row an image below the class folders of `root`, sorted; hidden names are left out."""
+    """Return one row an image below the class folders of `root`, sorted; leave out hidden names."""
 
     def unreadable(error: OSError) -> None:
         got = f"{error.strerror} for {error.filename!r}"
@@ -254,7 +195,7 @@ def _class_folders(root: Path) -> pd.DataFrame:
 
 
 def _read_csv(file: Path) -> pd.DataFrame:
-    """All cells of a CSV as text, blanks around them removed except in paths."""
+    """Return all cells of a CSV as text, blanks around them removed except in paths."""
     rule = "a manifest is a CSV file in UTF-8, or a folder"
     if not file.is_file():
         raise _broken(file, rule, "nothing of the kind there", "check the path")
@@ -288,7 +229,7 @@ def _read_csv(file: Path) -> pd.DataFrame:
 
 
 def _check_cells(file: Path, frame: pd.DataFrame) -> None:
-    """Empty cells, labels, and the number of classes; writes missing splits as ""."""
+    """Check empty cells, labels, and the number of classes; write missing splits as ""."""
     for column in ("path", "label", "group_id"):
         if column in frame and (empty := np.flatnonzero(frame[column].isin(_EMPTY))).size:
             got = f"{empty.size} empty cell(s), the first in row {empty[0] + 1}"
@@ -320,7 +261,7 @@ def _refuse_outside(file: Path, outside: list[str]) -> None:
 
 
 def _normal_paths(file: Path, paths: list[str]) -> list[str]:
-    """Paths without "." and "..": relative, inside the root as written, each once."""
+    """Return paths without "." and "..": relative, inside the root as written, each once."""
     _check_characters(file, paths)
     normal = [posixpath.normpath(path) for path in paths]
     _refuse_outside(file, [p for p in normal if p.startswith(("/", "../")) or p == ".."])
@@ -333,7 +274,7 @@ def _normal_paths(file: Path, paths: list[str]) -> list[str]:
 
 
 def _groups(file: Path, paths: list[str], group_pattern: str | None) -> list[str]:
-    """The group of every path: the pattern's first capture group, or the path itself."""
+    """Return the group of every path: the pattern's first capture group, or the path itself."""
     if group_pattern is None:
         return paths
     rule = "group_pattern is a regular expression with a capture group"
@@ -354,7 +295,7 @@ def _groups(file: Path, paths: list[str], group_pattern: str | None) -> list[str
 
 
 def _check_splits(file: Path, frame: pd.DataFrame) -> None:
-    """Split names, all rows or none, and no group in two splits."""
+    """Check split names: in all rows or none, and no group in two splits."""
     names = set(frame["split"]) - {""}
     for name in sorted(names - set(SPLITS)):
         near = difflib.get_close_matches(name.lower(), SPLITS, n=1, cutoff=0.0)[0]
@@ -379,7 +320,7 @@ def _check_splits(file: Path, frame: pd.DataFrame) -> None:
 
 
 def _check_files(file: Path, root: Path, paths: list[str]) -> None:
-    """Every path is a plain file inside the root, links followed.
+    """Check that every path is a plain file inside the root, links followed.
 
     Folders are resolved once each, and files only where they are links: a million `resolve` calls
     take half a minute.
@@ -408,55 +349,3 @@ def _check_files(file: Path, root: Path, paths: list[str]) -> None:
         got = f"{len(missing)} of {len(paths)} that are not: "
         got += some_of([f"{path!r:.200}" for path in missing])
         raise _broken(file, "every path is a file", got, "add the files or remove their rows")
-
-
-def _check_fractions(val_fraction: float, test_fraction: float, seed: int) -> None:
-    fits = 0 < val_fraction <= 0.5 and 0 <= test_fraction <= 0.5
-    if not fits or 2 * val_fraction + test_fraction > 1 + 1e-9:  # 1e-9: 0.1 + 0.2 is not 0.3
-        raise InputError(
-            "val_fraction lies in (0, 0.5], test_fraction is 0 or in (0, 0.5], and train keeps at "
-            f"least val's share; got {val_fraction} and {test_fraction}; try 0.15 and 0.15"
-        )
-    if not 0 <= seed < 2**32:
-        raise InputError(f"a seed lies in [0, 2**32); got {seed}; choose one there")
-
-
-def _groups_a_class(labels: Rows, groups: Rows, n_classes: int) -> Rows:
-    pairs = np.unique(np.stack([labels, groups]), axis=1)
-    return np.bincount(pairs[0], minlength=n_classes).astype(np.int64)
-
-
-def _held_out(
-    labels: Rows, groups: Rows, fraction: float, seed: int, *, spare: int
-) -> Iterator[Rows]:
-    """Row sets to hold out: every class in them, and in at least `spare` groups of the rest.
-
-    The fold whose worst class comes nearest to the fraction is first. A fold that lacks a class
-    is passed over; where all do, there are more folds than the rarest class has groups, and
-    fewer are tried.
-    """
-    # Imported here: it takes a second, and a manifest with splits does without.
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    n_classes, n_groups = int(labels.max()) + 1, len(np.unique(groups))
-    fewest = int(_groups_a_class(labels, groups, n_classes).min())
-    wanted = max(2, round(1 / fraction))
-    for n_folds in dict.fromkeys((wanted, max(2, min(wanted, fewest)), 2)):
-        if n_folds > min(n_groups, int(np.bincount(labels).max())):
-            continue  # scikit-learn refuses it
-        # With one image a group both kinds say the same, and grouping takes 40 us a row and fold.
-        one_each = n_groups == len(groups) and n_folds <= fewest
-        kind = StratifiedKFold if one_each else StratifiedGroupKFold
-        splitter = kind(n_splits=n_folds, shuffle=True, random_state=seed)
-        with warnings.catch_warnings():  # of classes with fewer rows than folds: looked at below
-            warnings.simplefilter("ignore", UserWarning)
-            folds = [held for _, held in splitter.split(labels, labels, groups)]
-        totals = np.bincount(labels)
-        shares = [np.bincount(labels[held], minlength=n_classes) / totals for held in folds]
-        misses = [float(np.abs(share - fraction).max()) for share in shares]
-        for i in sorted(range(n_folds), key=misses.__getitem__):
-            held = folds[i]
-            rest = np.setdiff1d(np.arange(len(labels)), held)
-            left = _groups_a_class(labels[rest], groups[rest], n_classes)
-            if left.min() >= spare and shares[i].min() > 0:
-                yield held

@@ -9,11 +9,9 @@ import errno
 import fcntl
 import functools
 import hashlib
-import io
 import json
 import os
 import shutil
-import threading
 import time
 import uuid
 from collections import deque
@@ -24,47 +22,21 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-from PIL import (
-    ExifTags,
-    Image,
-    JpegImagePlugin,  # noqa: F401  (imported here, once, and not by several threads at a time)
-    PngImagePlugin,  # noqa: F401
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
 
+from lightning_modules.data.decode import (
+    DECODER_VERSION,
+    MIN_SIDE_PX,
+    Pixels,
+    decode_file,
+    one_line,
+)
 from lightning_modules.data.manifest import Manifest, some_of, write_atomically
 from lightning_modules.errors import InputError
 
-MAX_FILE_BYTES = 256 * 2**20
-MAX_PIXELS = 64 * 10**6
-MAX_SIDE_PX = 16_384  # the square around it has four times MAX_PIXELS
-MIN_SIDE_PX = 8
-
-_VERSION = 1  # raise it with any change to a decoded pixel: every pack is then built anew
-_LARGE_BYTES = _LARGE_PIXELS = 16 * 2**20
 _STALE_S = 86_400.0  # a temporary file untouched for a day was left by a killed process
 
-_UPRIGHT = {  # EXIF orientation: what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-_DEEP_MODES = ("I;16", "I;16B", "I", "F")  # more than 8 bits a pixel
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-
-Pixels = npt.NDArray[np.uint8]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-# Large images go one at a time: 128 threads with 64 megapixels each would need 100 GiB.
-_large = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -84,7 +56,7 @@ class Pack:
     skipped: tuple[str, ...]
 
     def images(self) -> np.memmap[tuple[int, ...], np.dtype[np.uint8]]:
-        """All images, read-only and mapped: pages come in as they are touched.
+        """Return all images, read-only and mapped: pages come in as they are touched.
 
         Raises:
             InputError: If the file is gone or torn.
@@ -94,12 +66,12 @@ class Pack:
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{self.path}: the pack of decoded images must stay in the cache; got "
-                f"{_one_line(error)}; start again to rebuild it"
+                f"{one_line(error)}; start again to rebuild it"
             ) from error
 
 
 def default_cache_dir() -> Path:
-    """$NEUROSWEEP_CACHE, else $XDG_CACHE_HOME/neurosweep, else ~/.cache/neurosweep.
+    """Return $NEUROSWEEP_CACHE, else $XDG_CACHE_HOME/neurosweep, else ~/.cache/neurosweep.
 
     Raises:
         InputError: If neither is set and the user has no home folder.
@@ -125,7 +97,7 @@ def build_pack(
     skip_bad_images: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Pack, Manifest]:
-    """Finds the pack of a manifest in the cache, or decodes the images into a new one.
+    """Find the pack of a manifest in the cache, or decode the images into a new one.
 
     Processes of one node wait for each other; those of several nodes may decode twice, and the
     last one's equal file stays.
@@ -134,7 +106,7 @@ def build_pack(
         manifest: Which images, in which order.
         image_size_px: Side that every image is padded and resized to, in [8, 4096].
         cache_dir: Where packs lie; made, for this user alone, if it does not exist.
-        skip_bad_images: Leaves images out that cannot be decoded, instead of refusing.
+        skip_bad_images: Leave images out that cannot be decoded, instead of refusing.
         progress: Called with (done, total) in this thread while images are decoded, at most ten
             times a second.
 
@@ -174,7 +146,7 @@ def build_pack(
     except OSError as error:  # of images they are caught where they are read
         raise InputError(
             "the cache is a folder that can be written to and has room; got "
-            f"{_one_line(error)} in {cache_dir}; free space, or set NEUROSWEEP_CACHE"
+            f"{one_line(error)} in {cache_dir}; free space, or set NEUROSWEEP_CACHE"
         ) from error
     digest, bad = found
     if bad and not skip_bad_images:
@@ -189,98 +161,6 @@ def build_pack(
     return Pack(path, digest, image_size_px, tuple(bad)), Manifest(manifest.root, kept)
 
 
-def decode_image(data: bytes, image_size_px: int) -> Pixels:
-    """Decodes one PNG, JPEG or TIFF file as every image of a pack is decoded.
-
-    The first frame, upright by its EXIF orientation, transparency on black, luminance by ITU-R
-    601; deeper than 8 bits, linearly from its 0.5th percentile (0) to its 99.5th (255). Then
-    padded to a square with black and resized, with antialiasing where it shrinks.
-
-    Args:
-        data: The file: at most 256 MiB and 64 megapixels, sides from 8 to 16,384 px.
-        image_size_px: Side of the result; an image of that size comes back exactly.
-
-    Returns:
-        Array of shape (image_size_px, image_size_px).
-
-    Raises:
-        InputError: If the file breaks a limit, or is damaged; the message does not name it.
-    """
-    if len(data) > MAX_FILE_BYTES:
-        raise InputError(f"has {len(data)} bytes, more than {MAX_FILE_BYTES}")
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
-            _check_header(image)
-            large = image.width * image.height > _LARGE_PIXELS
-            with _large if large else contextlib.nullcontext():
-                image.load()
-                grey = _luminance(_upright(image))
-                side_px = max(grey.size)
-                square = Image.new("L", (side_px, side_px))
-                square.paste(grey, ((side_px - grey.width) // 2, (side_px - grey.height) // 2))
-                if side_px != image_size_px:
-                    size = (image_size_px, image_size_px)
-                    square = square.resize(size, Image.Resampling.BILINEAR)
-                return np.array(square, dtype=np.uint8)
-    except InputError:
-        raise
-    except UnidentifiedImageError as error:
-        raise InputError("is not a PNG, JPEG or TIFF file") from error
-    except Exception as error:  # Pillow raises a dozen kinds on damaged files, some undocumented
-        raise InputError(f"cannot be decoded: {_one_line(error)}") from error
-
-
-def _check_header(image: Image.Image) -> None:
-    """Refuses what would take too much memory before a pixel is decoded."""
-    width_px, height_px = image.size
-    if width_px * height_px > MAX_PIXELS or max(image.size) > MAX_SIDE_PX:
-        raise InputError(
-            f"is {width_px} x {height_px} px, more than {MAX_PIXELS} pixels or {MAX_SIDE_PX} a side"
-        )
-    if min(image.size) < MIN_SIDE_PX:
-        raise InputError(f"is {width_px} x {height_px} px, less than {MIN_SIDE_PX} a side")
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # libtiff allocates whole tiles, however small the image.
-        tile_px = int(image.tag_v2.get(322, 0)) * int(image.tag_v2.get(323, 0))
-        if tile_px > MAX_PIXELS:
-            raise InputError(f"has tiles of {tile_px} pixels, more than {MAX_PIXELS}")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF in a sound image; viewers show it as it lies
-        return image
-    turn = _UPRIGHT.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
-def _luminance(image: Image.Image) -> Image.Image:
-    """8-bit grey of any mode but the exotic ones of TIFF."""
-    if image.mode in _DEEP_MODES:
-        return Image.fromarray(_windowed(np.asarray(image, dtype=np.float64)))
-    if image.mode not in _MODES:
-        raise InputError(
-            f"has mode {image.mode}, which is not one of {', '.join(_MODES + _DEEP_MODES)}"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    if image.mode not in ("1", "L", "RGB"):
-        image = image.convert("RGB")
-    return image.convert("L")
-
-
-def _windowed(values: npt.NDArray[np.float64]) -> Pixels:
-    if not np.isfinite(values).all():
-        raise InputError("holds NaN or infinite values")
-    low, high = (float(bound) for bound in np.percentile(values, (0.5, 99.5)))
-    if high <= low:
-        return np.zeros(values.shape, dtype=np.uint8)
-    scaled = (np.clip(values, low, high) - low) * (255.0 / (high - low))
-    return np.rint(scaled).astype(np.uint8)
-
-
 @dataclass(frozen=True)
 class _Row:
     """One file of a pack to be: its sha256, and its pixels or why there are none."""
@@ -293,17 +173,13 @@ class _Row:
 
 def _load(path: Path, image_size_px: int) -> _Row:
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            return _Row(b"", None, f"has {size} bytes, more than {MAX_FILE_BYTES}")
-        with _large if size > _LARGE_BYTES else contextlib.nullcontext():
-            data = path.read_bytes()
-            return _Row(hashlib.sha256(data).digest(), decode_image(data, image_size_px))
+        pixels, sha256 = decode_file(path, image_size_px)
     except InputError as error:
         lasting = not isinstance(error.__cause__, MemoryError)
         return _Row(b"", None, str(error), lasting)
     except OSError as error:
-        return _Row(b"", None, _one_line(error), lasting=False)
+        return _Row(b"", None, one_line(error), lasting=False)
+    return _Row(sha256, pixels)
 
 
 def _sha256(path: Path) -> bytes:
@@ -314,7 +190,7 @@ def _sha256(path: Path) -> bytes:
 def _in_order(
     function: Callable[[Item], Result], items: Sequence[Item]
 ) -> Generator[Result, None, None]:
-    """Like map, in threads (Pillow lets others run while it decodes), a few items ahead."""
+    """Yield like map, in threads (Pillow lets others run while it decodes), a few items ahead."""
     workers = os.cpu_count() or 1
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -327,12 +203,14 @@ def _in_order(
 
 
 def _content_key(image_size_px: int, hashes: list[bytes]) -> str:
-    return hashlib.sha256(f"{_VERSION} {image_size_px} ".encode() + b"".join(hashes)).hexdigest()
+    return hashlib.sha256(
+        f"{DECODER_VERSION} {image_size_px} ".encode() + b"".join(hashes)
+    ).hexdigest()
 
 
 def _stat_key(root: Path, paths: list[str], image_size_px: int) -> str:
-    """Changes whenever a file may have changed; opens none."""
-    states: list[object] = [_VERSION, image_size_px, str(root.resolve())]
+    """Return a key that changes whenever a file may have changed; open none."""
+    states: list[object] = [DECODER_VERSION, image_size_px, str(root.resolve())]
     for path in paths:
         try:
             status = os.stat(f"{root}/{path}")  # noqa: PTH116  (with Path, twice the time)
@@ -363,7 +241,7 @@ def _intact(path: Path, n_images: int, image_size_px: int) -> bool:
 def _look_up(
     cache_dir: Path, key: str, n_rows: int, image_size_px: int
 ) -> tuple[str, dict[str, str]] | None:
-    """The digest recorded for unchanged files, and why some are bad; None if no pack is whole."""
+    """Return the digest of unchanged files, and why some are bad; None if no pack is whole."""
     try:
         record = json.loads((cache_dir / f"{key}.json").read_bytes())
         digest, bad = record["digest"], dict(record["bad"])
@@ -381,7 +259,7 @@ def _build(
     skip_bad_images: bool,
     progress: Callable[[int, int], None],
 ) -> tuple[str, dict[str, str], bool]:
-    """Digest, reasons of bad images, and whether these last; raises the cache's OSErrors."""
+    """Return digest, bad images' reasons, and whether these last; raise the cache's OSErrors."""
     files = [root / path for path in paths]
     # The same images may have been packed before, under another root or with other times. Hashing
     # is far cheaper than decoding, but reads everything once more, so only where such a pack is.
@@ -423,14 +301,14 @@ def _build(
 
 
 def _write_header(file: BinaryIO, n_images: int, image_size_px: int) -> None:
-    """NumPy pads the header to the same length for any number of images: it can be rewritten."""
+    """Write a header of the same length for any number of images: it can be rewritten."""
     shape = (n_images, image_size_px, image_size_px)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _make_room(cache_dir: Path, needed: int) -> None:
-    """Removes what killed processes left, and fails early where the pack cannot fit."""
+    """Remove what killed processes left, and fail early where the pack cannot fit."""
     for stale in cache_dir.glob(".pack-*.tmp"):
         with contextlib.suppress(OSError):  # another process was faster
             if time.time() - stale.stat().st_mtime > _STALE_S:
@@ -466,8 +344,3 @@ def _bad_images(bad: dict[str, str], total: int) -> InputError:
         f"every image is a readable PNG, JPEG or TIFF file; got {len(bad)} of {total} that are "
         f"not: {listed}; repair or remove them, or leave them out with --skip-bad-images"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:150] or type(error).__name__

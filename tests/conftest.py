@@ -1,0 +1,86 @@
+"""What several test files use: data without image files, and the machine's limits."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lightning_modules.data.manifest import COLUMNS, Manifest
+from lightning_modules.data.pack import Pack
+
+MakeData = Callable[..., tuple[Manifest, Pack]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors are tiny here: on a shared machine, threads that wait for each other only spin."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and weights, which is not part of the project."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("NEUROSWEEP_SHARED", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real images and weights at {folder}")
+    return folder
+
+
+@pytest.fixture
+def device() -> str:
+    """The name of a GPU, for tests that ask for one; they skip where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return "cuda"
+
+
+@pytest.fixture
+def make_data(tmp_path: Path) -> MakeData:
+    """Builds a manifest and its pack out of arrays; no image file is written or decoded.
+
+    Takes the number of images a class in each split. Class c is noise around a grey of its own.
+    """
+
+    def make(
+        train: tuple[int, ...] = (4, 3, 1),
+        val: tuple[int, ...] = (2, 2, 1),
+        test: tuple[int, ...] = (1, 1, 1),
+        image_size_px: int = 32,
+    ) -> tuple[Manifest, Pack]:
+        rows = [
+            (split, label)
+            for split, counts in (("train", train), ("val", val), ("test", test))
+            for label, count in enumerate(counts)
+            for _ in range(count)
+        ]
+        # Mixed, so that a split is not a range of rows.
+        rng = np.random.default_rng(0)
+        rows = [rows[i] for i in rng.permutation(len(rows))]
+        frame = pd.DataFrame(
+            [
+                (f"{row}.png", f"class_{label}", f"patient_{row}", "synthetic", split)
+                for row, (split, label) in enumerate(rows)
+            ],
+            columns=list(COLUMNS),
+        )
+        grey = np.array([40 + 60 * label for _, label in rows]).reshape(-1, 1, 1)
+        noise = rng.integers(-30, 31, (len(rows), image_size_px, image_size_px))
+        path = tmp_path / f"pack-{len(rows)}.npy"
+        np.save(path, np.clip(grey + noise, 0, 255).astype(np.uint8))
+        return Manifest(tmp_path, frame), Pack(path, "0" * 64, image_size_px, ())
+
+    return make
+
+
+@pytest.fixture
+def tiny_data(make_data: MakeData) -> tuple[Manifest, Pack]:
+    """Three classes; 8 images to train on, 5 to validate, 3 locked."""
+    return make_data()

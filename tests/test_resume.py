@@ -1,0 +1,174 @@
+"""A sweep that is killed and resumed ends as one that was left alone."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from search.record import Record, Trial
+from search.results import open_sweep, rank
+
+SWEEP = """
+name: resumed
+seed: 3
+metric: val_loss
+data:
+  phantom: {num_patients: 30, slices_per_patient: 2, image_size_px: 32}
+  image_size_px: 32
+weights: random
+params: {backbone: mobilenet_v2, unfreeze_depth: 5, batch_size: 16}
+space:
+  unfreeze_depth: {low: 0, high: 5}
+  dropout: {low: 0.1, high: 0.6}
+  lr: {low: 1.0e-4, high: 1.0e-2, log: true}
+training: {max_epochs: 4}
+search: {num_trials: 6, max_concurrent_trials: 1, keep_trials: 2}
+scheduler: {grace_period_epochs: 1, reduction_factor: 2}
+"""
+
+COMMAND = [sys.executable, "-m", "search.cli"]
+
+
+@pytest.fixture(scope="module")
+def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resume") / "sweep.yaml"
+    path.write_text(SWEEP)
+    return path
+
+
+@pytest.fixture(scope="module")
+def left_alone(sweep_file: Path) -> Iterator[list[Trial]]:
+    """The trials of the sweep that nobody killed."""
+    storage = sweep_file.parent / "left-alone"
+    run = subprocess.run(
+        [*COMMAND, "launch", str(sweep_file), "--storage", str(storage)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
+    return read_trials(storage)
+
+
+def read_trials(storage: Path) -> list[Trial]:
+    return Record.open(open_sweep("resumed", storage)).trials()
+
+
+def num_epochs(storage: Path) -> int:
+    """Epochs in the record, read beside the process that writes it."""
+    database = storage / "resumed" / "study.db"
+    if not database.is_file():
+        return 0
+    try:
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+            query = "select count(*) from trial_user_attributes where key like 'epoch_%'"
+            return int(connection.execute(query).fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+
+
+def outcome(trials: list[Trial]) -> list[object]:
+    """Everything about trials that a kill must not change; how long they took may differ."""
+    return [
+        (
+            trial.number,
+            trial.params,
+            trial.seed,
+            trial.state,
+            trial.reason,
+            [
+                (
+                    epoch.epoch,
+                    {name: v for name, v in epoch.metrics.items() if name != "epoch_s"},
+                    epoch.confusion,
+                    epoch.stopped,
+                )
+                for epoch in trial.epochs
+            ],
+        )
+        for trial in trials
+    ]
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_four_times_ends_as_one_left_alone(
+    sweep_file: Path, left_alone: list[Trial]
+) -> None:
+    storage = sweep_file.parent / "killed"
+    total = sum(len(trial.epochs) for trial in left_alone)
+    # In the first trial's second epoch, just after an epoch was recorded, half an epoch later, and
+    # near the end, where trials have finished.
+    kills = [(1, 0.15), (total // 3, 0.0), (total // 2, 0.3), (total - 1, 0.05)]
+    command = [*COMMAND, "launch", str(sweep_file), "--storage", str(storage)]
+    for epochs, delay_s in kills:
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline_s = time.monotonic() + 300
+        while num_epochs(storage) < epochs:
+            assert driver.poll() is None, driver.communicate()[0].decode()
+            assert time.monotonic() < deadline_s, "the sweep does not get on"
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+        before = read_trials(storage)
+        command = [*COMMAND, "resume", "resumed", "--storage", str(storage)]
+    finished = {trial.number for trial in before if trial.state != "running"}
+    recorded = outcome(before)
+
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert resumed.returncode == 0, resumed.stderr
+    after = read_trials(storage)
+
+    assert outcome(after) == outcome(left_alone)
+    ranking = [trial.number for trial in rank(after, open_sweep("resumed", storage))]
+    assert ranking == [
+        trial.number for trial in rank(left_alone, open_sweep("resumed", storage))
+    ]
+    # No finished trial ran again, and what was recorded before the last kill stands unchanged.
+    assert all(trial.attempt == 0 for trial in after if trial.number in finished) or finished
+    for was, now in zip(before, after, strict=False):
+        assert now.epochs[: len(was.epochs)] == was.epochs
+        if was.state != "running":
+            assert now == was
+    assert recorded == outcome(after[: len(before)]) or len(finished) < len(before)
+
+    # Nothing is left over: two checkpoints kept, no temporary file, no process.
+    kept = sorted((storage / "resumed" / "trials").rglob("*.ckpt"))
+    assert len(kept) == 2
+    assert not list((storage / "resumed").rglob("*.partial"))
+    assert not ray_processes(), "processes of a killed sweep live on"
+
+
+@pytest.mark.slow
+def test_resuming_a_finished_sweep_returns_at_once(left_alone: list[Trial], sweep_file: Path) -> None:
+    storage = sweep_file.parent / "left-alone"
+    command = [*COMMAND, "resume", "resumed", "--storage", str(storage)]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert outcome(read_trials(storage)) == outcome(left_alone)
+
+
+def ray_processes() -> list[str]:
+    """Command lines of Ray processes that this test's sweeps may have left."""
+    found = []
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if "raylet/raylet" in line or "gcs_server" in line or line.startswith("ray::"):
+                found.append(line[:100])
+        if not found:
+            return []
+        time.sleep(0.5)
+    return found
