@@ -114,7 +114,15 @@ def load_bundle(folder: Path) -> Bundle:
     names = [node.name for node in session.get_inputs()]
     if names != ["intensities"]:
         raise InputError(f"model.onnx of {folder} must take intensities; it takes {names}")
-    return Bundle(config=config, session=session)
+    bundle = Bundle(config=config, session=session)
+    shapes = (*session.get_inputs()[0].shape[1:], *session.get_outputs()[0].shape[1:])
+    expected = (1, bundle.image_size_px, bundle.image_size_px, len(bundle.classes))
+    if shapes != expected:
+        raise InputError(
+            f"model.onnx of {folder} must have the image size and classes of {CONFIG_FILE}, "
+            f"{expected}; it has {shapes}: export it again"
+        )
+    return bundle
 
 
 def sha256_of(path: Path) -> str:

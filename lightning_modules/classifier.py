@@ -38,8 +38,7 @@ class ImageClassifier(pl.LightningModule):
 
     Two seeds govern it: ``view_seed``, shared by a sweep's trials, fixes the augmented images;
     ``seed``, the trial's own, fixes the head's initial values and dropout. The global generator is
-    set from ``seed`` at the start of every epoch, so that an epoch can be replayed without the
-    ones before it.
+    set from ``seed`` at every step, so that an epoch can be replayed without the ones before it.
 
     Its checkpoints hold what is trained and the digest of what is frozen; loading one builds the
     frozen part from ``weights_path`` again and compares.
@@ -148,13 +147,11 @@ class ImageClassifier(pl.LightningModule):
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return self.head(self.dropout(features))  # type: ignore[no-any-return]  # nn.Module: Any
 
-    def on_train_epoch_start(self) -> None:
-        """Make dropout a function of (seed, epoch)."""
-        torch.manual_seed(derive_seed("epoch", self.seed, self.current_epoch))
-
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss on the batch's views of this epoch."""
         images, labels, rows = batch
+        # Dropout as a function of (seed, epoch, batch), whatever drew from the generator before.
+        torch.manual_seed(derive_seed("step", self.seed, self.current_epoch, batch_index))
         logits = self(self.views(images, epoch=self.current_epoch, samples=rows))
         loss = F.cross_entropy(
             logits, labels, weight=self.class_weights, label_smoothing=self.label_smoothing

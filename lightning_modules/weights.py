@@ -4,6 +4,7 @@ They are found once, before a sweep starts; trials get a local file and its dige
 """
 
 import hashlib
+import http.client
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,10 +112,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except (OSError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"weights {path} cannot be read: {_first_line(error)}") from error
     except Exception as error:  # torch raises pickle.UnpicklingError and bare ones of its own
+        # Not torch's words: they advise to load the file all the same.
         raise InputError(
-            f"weights {path} must hold tensors only (no pickled objects): {_first_line(error)}"
+            f"weights {path} must hold tensors only (no pickled objects); save `model.state_dict()`"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise InputError(
             f"weights {path} must be a state dict (a flat mapping of names to tensors); save "
             "`model.state_dict()`"
@@ -195,7 +199,7 @@ def _download_imagenet(backbone: str) -> Path:
         # Straight to a name of our own: a download that breaks off leaves no file that looks whole.
         torch.hub.download_url_to_file(url, str(partial), hash_prefix=expected, progress=False)
         partial.replace(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise InputError(
             f"imagenet weights of {backbone} could not be downloaded ({_first_line(error)}): put "
             f"torchvision's {path.name} into {path.parent}, or give a state dict with "
@@ -210,9 +214,11 @@ def _backbone_state(
     backbone: Backbone, state: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
     """Check a torchvision state dict against the network and return the backbone's part of it."""
+    with torch.device("meta"):  # names, types, and shapes: no values, no random numbers
+        network = build_network(backbone.name)
     expected = {
         name: tensor
-        for name, tensor in build_network(backbone.name).state_dict().items()
+        for name, tensor in network.state_dict().items()
         if not name.startswith(HEAD_MODULE[backbone.name])
     }
     given = {

@@ -175,7 +175,7 @@ class TensorBoardCurves(pl.Callback):
             images, _, rows = batch
             assert isinstance(pl_module, ImageClassifier)  # noqa: S101  narrows the type
             views = pl_module.views(images[:16], epoch=0, samples=rows[:16])
-            self.writer.add_image("augmented training images", tile(views), 0)
+            self.writer.add_image("views/augmented training images", tile(views), 0)
             self.writer.flush()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -194,7 +194,7 @@ class TensorBoardCurves(pl.Callback):
                 if name == self.metric:
                     counts = _confusion(pl_module).numpy()
                     image = draw_confusion(counts, self.classes)
-                    self.writer.add_image("confusion matrix of the best epoch", image, step)
+                    self.writer.add_image("val_confusion_matrix/best epoch", image, step)
             self.writer.add_scalar(f"best/{name}", self.best[name], step)
         self.writer.flush()
 

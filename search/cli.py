@@ -1,9 +1,11 @@
 """The command line: what the user types, and what is printed back."""
 
 import argparse
+import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ DESCRIPTION = "Hyperparameter search for transfer learning on brain MRI."
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exit 0 if it succeeded, 2 after a mistake of the user, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
+    # Pillow would warn of an image beside the one line that refuses it.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         options.run(options)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder that is not permitted
         if options.debug:
             raise
-        print(f"neurosweep: {error}", file=sys.stderr)
+        print(f"neurosweep: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if options.debug:
@@ -69,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
     top = _command(commands, "top", _top, "rank a sweep's trials, also while it runs")
     _sweep_options(top)
-    top.add_argument("--num", type=int, default=20, metavar="N", help="rows to print (20)")
+    top.add_argument("--num", type=_positive, default=20, metavar="N", help="rows to print (20)")
 
     export = _command(commands, "export", _export, "write the best checkpoint as a bundle")
     _sweep_options(export)
@@ -284,8 +288,19 @@ def _named(sweep: Any) -> str:
 
 
 def _check_export(out: Path | None) -> None:
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is None:
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"a bundle goes into a new folder; {out} exists: give another")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"a bundle goes into a new folder; {above} takes none: give another")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0; got {text!r}")
+    return int(text)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

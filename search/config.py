@@ -203,7 +203,7 @@ def _build_weights_spec(spec: Any, base: Path, name: str) -> WeightsSpec:
     if (
         not isinstance(attempts, Sequence)
         or not attempts
-        or not all(isinstance(path, str) and path and not _CONTROL.search(path) for path in attempts)
+        or not all(isinstance(one, str) and one and not _CONTROL.search(one) for one in attempts)
     ):
         raise InputError(
             "weights must be imagenet, random, a path, or a list of these; "
@@ -365,7 +365,8 @@ def _check_keys(dotted: str, given: Mapping[Any, Any], known: set[str]) -> None:
 
 
 def _nearest(value: Any, allowed: Sequence[Any] | set[str]) -> str:
-    near = difflib.get_close_matches(_shown(value).strip("'"), [str(option) for option in allowed], n=1)
+    options = [str(option) for option in allowed]
+    near = difflib.get_close_matches(_shown(value).strip("'"), options, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -144,15 +144,17 @@ class Record:
         storage = _open_storage(sweep)
         try:
             study = optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)
+            for name, value in facts.items():
+                study.set_user_attr(name, value)
+            baseline = dataclasses.asdict(sweep.params)
+            study.enqueue_trial({name: baseline[name] for name in sweep.space})
         except optuna.exceptions.DuplicatedStudyError as error:
             raise InputError(
                 f"the sweep's name must be new; {sweep.name} exists in the study storage: "
                 f"`neurosweep resume {sweep.name}` goes on with it, `--name` takes another"
             ) from error
-        for name, value in facts.items():
-            study.set_user_attr(name, value)
-        baseline = dataclasses.asdict(sweep.params)
-        study.enqueue_trial({name: baseline[name] for name in sweep.space})
+        except _STORAGE_ERRORS as error:
+            raise _unreachable(sweep, error) from error
         return cls(sweep, study, storage)
 
     @classmethod
@@ -175,6 +177,8 @@ class Record:
             raise InputError(
                 f"the study storage must hold {sweep.name}; it does not: check --storage"
             ) from error
+        except _STORAGE_ERRORS as error:
+            raise _unreachable(sweep, error) from error
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -287,7 +291,25 @@ def _open_storage(sweep: Sweep) -> optuna.storages.RDBStorage:
         # A dashboard that reads may hold SQLite's lock for a moment: wait for it.
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except (ImportError, ValueError, sqlalchemy.exc.SQLAlchemyError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        shown = url if sweep.study_url is None else sweep.study_url.rsplit("@")[-1]
-        raise InputError(f"the study storage {shown} must be reachable; {reason}") from error
+    except (ImportError, ValueError, *_STORAGE_ERRORS) as error:
+        raise _unreachable(sweep, error) from error
+
+
+_STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
+
+def _unreachable(sweep: Sweep, error: BaseException) -> InputError:
+    # Optuna wraps what the database says.
+    reason = (str(error.__cause__ or error).splitlines() or [""])[0]
+    if sweep.study_url is not None:
+        return InputError(
+            f"the study storage {sweep.study_url.rsplit('@')[-1]} must be reachable; {reason}: "
+            "check study_url"
+        )
+    remedy = "free space there, or give another folder with `--storage`"
+    if "full" not in reason:
+        remedy = "restore it from a copy, or launch anew with `--name`"
+    return InputError(
+        f"the sweep's record {sweep.folder / 'study.db'} must be readable and writable; {reason}: "
+        f"{remedy}"
+    )

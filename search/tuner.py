@@ -1,6 +1,7 @@
 """Runs a sweep on Ray Tune: a new one, or one that was interrupted."""
 
 import contextlib
+import errno
 import fcntl
 import logging
 import math
@@ -25,7 +26,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 import ray
 from ray import tune
 
-from lightning_modules.data.manifest import Manifest
+from lightning_modules.data.manifest import Manifest, write_atomically
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.weights import WeightOrigin, find_weights
@@ -65,28 +66,27 @@ def launch_sweep(
     Raises:
         InputError: If anything the user gave is wrong; all of it is found before Ray starts.
     """
-    if sweep.folder.exists() and any(sweep.folder.iterdir()):
-        raise InputError(
-            f"the sweep's name must be new; {sweep.folder} exists: `neurosweep resume {sweep.name}`"
-            " goes on with it, `--name` takes another"
-        )
+    _check_new(sweep)
     _check_writable(sweep)
-    manifest, pack = prepare_data(sweep, decoding)
     weights = {
-        backbone: find_weights(
-            _as_list(sweep.weights[backbone]), backbone=backbone, seed=sweep.seed
-        )
+        backbone: find_weights(sweep.weights[backbone], backbone=backbone, seed=sweep.seed)
         for backbone in sweep.backbones
     }
+    manifest, pack = prepare_data(sweep, decoding)
     try:
         with lock(sweep):
+            _check_new(sweep)
+            # Left by a launch that was killed before there was a sweep to resume.
+            (sweep.folder / "study.db").unlink(missing_ok=True)
             manifest.write(sweep.folder / "manifest.csv")
             record = Record.create(sweep, _facts(manifest, pack, weights))
-            # Last: a folder with a sweep.yaml can be resumed.
-            (sweep.folder / "sweep.yaml").write_text(dump_sweep(sweep), encoding="utf-8")
+            write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
             _run(record, manifest, pack, weights, address=address)
     except OSError as error:
-        raise InputError(f"the sweep's folder must be writable; {error}") from error
+        raise InputError(
+            f"the sweep's folder must be writable; {error}: free space there, or give another with "
+            "`--storage`"
+        ) from error
     return record
 
 
@@ -278,6 +278,14 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_new(sweep: Sweep) -> None:
+    if (sweep.folder / "sweep.yaml").exists():
+        raise InputError(
+            f"the sweep's name must be new; {sweep.folder} exists: `neurosweep resume {sweep.name}`"
+            " goes on with it, `--name` takes another"
+        )
+
+
 def _check_writable(sweep: Sweep) -> None:
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -286,9 +294,10 @@ def _check_writable(sweep: Sweep) -> None:
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise InputError(
-            f"storage must be a folder that can be written; {sweep.storage}: {error.strerror}: "
-            "give another with `--storage`"
+            f"storage must be a folder that can be written; {sweep.folder}: {error.strerror}: "
+            f"{'free space there, or ' if is_full else ''}give another with `--storage`"
         ) from error
 
 
@@ -333,7 +342,3 @@ def _facts(manifest: Manifest, pack: Pack, weights: dict[str, WeightOrigin]) -> 
             **{name: version(name) for name in packages},
         },
     }
-
-
-def _as_list(spec: str | tuple[str, ...]) -> list[str]:
-    return [spec] if isinstance(spec, str) else list(spec)

@@ -98,14 +98,13 @@ def outcome(trials: list[Trial]) -> list[object]:
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_four_times_ends_as_one_left_alone(
+def test_a_sweep_killed_three_times_ends_as_one_left_alone(
     sweep_file: Path, left_alone: list[Trial]
 ) -> None:
     storage = sweep_file.parent / "killed"
     total = sum(len(trial.epochs) for trial in left_alone)
-    # In the first trial's second epoch, just after an epoch was recorded, half an epoch later, and
-    # near the end, where trials have finished.
-    kills = [(1, 0.15), (total // 3, 0.0), (total // 2, 0.3), (total - 1, 0.05)]
+    # In the first trial's second epoch, at the moment an epoch was recorded, and near the end.
+    kills = [(1, 0.15), (total // 2, 0.0), (total - 1, 0.05)]
     command = [*COMMAND, "launch", str(sweep_file), "--storage", str(storage)]
     for epochs, delay_s in kills:
         driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -119,8 +118,6 @@ def test_a_sweep_killed_four_times_ends_as_one_left_alone(
         driver.communicate()
         before = read_trials(storage)
         command = [*COMMAND, "resume", "resumed", "--storage", str(storage)]
-    finished = {trial.number for trial in before if trial.state != "running"}
-    recorded = outcome(before)
 
     resumed = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert resumed.returncode == 0, resumed.stderr
@@ -128,16 +125,13 @@ def test_a_sweep_killed_four_times_ends_as_one_left_alone(
 
     assert outcome(after) == outcome(left_alone)
     ranking = [trial.number for trial in rank(after, open_sweep("resumed", storage))]
-    assert ranking == [
-        trial.number for trial in rank(left_alone, open_sweep("resumed", storage))
-    ]
-    # No finished trial ran again, and what was recorded before the last kill stands unchanged.
-    assert all(trial.attempt == 0 for trial in after if trial.number in finished) or finished
+    assert ranking == [trial.number for trial in rank(left_alone, open_sweep("resumed", storage))]
+    # What was recorded before the last kill stands unchanged, and no finished trial ran again.
+    assert any(trial.state != "running" for trial in before)
     for was, now in zip(before, after, strict=False):
         assert now.epochs[: len(was.epochs)] == was.epochs
         if was.state != "running":
             assert now == was
-    assert recorded == outcome(after[: len(before)]) or len(finished) < len(before)
 
     # Nothing is left over: two checkpoints kept, no temporary file, no process.
     kept = sorted((storage / "resumed" / "trials").rglob("*.ckpt"))
@@ -147,7 +141,9 @@ def test_a_sweep_killed_four_times_ends_as_one_left_alone(
 
 
 @pytest.mark.slow
-def test_resuming_a_finished_sweep_returns_at_once(left_alone: list[Trial], sweep_file: Path) -> None:
+def test_resuming_a_finished_sweep_returns_at_once(
+    left_alone: list[Trial], sweep_file: Path
+) -> None:
     storage = sweep_file.parent / "left-alone"
     command = [*COMMAND, "resume", "resumed", "--storage", str(storage)]
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -1,6 +1,7 @@
 """The space: what a parameter may be, and what a sampler draws from it."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import optuna
@@ -25,31 +26,31 @@ def draws_of(name: str, count: int = 1000) -> list:
     return [study.ask(distributions).params[name] for _ in range(count)]
 
 
-def test_draws_stay_inside_the_range():
+def test_draws_stay_inside_the_range() -> None:
     assert all(1e-5 <= lr <= 1e-1 for lr in draws_of("lr"))
     assert all(0 <= dropout <= 0.5 for dropout in draws_of("dropout"))
 
 
-def test_both_ends_of_an_int_occur_and_all_between():
+def test_both_ends_of_an_int_occur_and_all_between() -> None:
     assert set(draws_of("unfreeze_depth")) == {0, 1, 2, 3, 4, 5}
 
 
-def test_every_choice_occurs():
+def test_every_choice_occurs() -> None:
     assert set(draws_of("backbone")) == {"resnet50", "mobilenet_v2"}
 
 
-def test_log_range_gives_every_decade_its_share():
+def test_log_range_gives_every_decade_its_share() -> None:
     decades = np.floor(np.log10(draws_of("lr")))
     shares = [np.mean(decades == decade) for decade in (-5, -4, -3, -2)]
     assert shares == pytest.approx([0.25] * 4, abs=0.05)
 
 
-def test_distributions_keep_the_order_of_the_space():
+def test_distributions_keep_the_order_of_the_space() -> None:
     assert list(to_distributions(SPACE)) == list(SPACE)
 
 
 @given(position=st.floats(0, 1))
-def test_from_unit_stays_inside(position):
+def test_from_unit_stays_inside(position: float) -> None:
     assert 1e-5 <= from_unit(SPACE["lr"], position) <= 1e-1
     assert 0 <= from_unit(SPACE["dropout"], position) <= 0.5
     assert from_unit(SPACE["unfreeze_depth"], position) in range(6)
@@ -57,7 +58,7 @@ def test_from_unit_stays_inside(position):
 
 
 @given(position=st.floats(0, 1))
-def test_to_unit_reverses_from_unit(position):
+def test_to_unit_reverses_from_unit(position: float) -> None:
     for name in ("lr", "dropout"):
         value = from_unit(SPACE[name], position)
         assert to_unit(SPACE[name], value) == pytest.approx(position, abs=1e-9)
@@ -65,7 +66,7 @@ def test_to_unit_reverses_from_unit(position):
     assert from_unit(SPACE["unfreeze_depth"], to_unit(SPACE["unfreeze_depth"], depth)) == depth
 
 
-def test_grid_holds_both_ends_and_is_even():
+def test_grid_holds_both_ends_and_is_even() -> None:
     grid = grid_of(SPACE)
     assert grid["lr"] == pytest.approx([1e-5, 1e-3, 1e-1])
     assert grid["dropout"] == [0, 0.25, 0.5]
@@ -73,18 +74,18 @@ def test_grid_holds_both_ends_and_is_even():
     assert grid["backbone"] == ["resnet50", "mobilenet_v2"]
 
 
-def test_grid_of_a_short_int_range_is_the_range():
+def test_grid_of_a_short_int_range_is_the_range() -> None:
     assert grid_of({"depth": Int(low=1, high=2)})["depth"] == [1, 2]
     assert grid_of(SPACE, points=6)["unfreeze_depth"] == [0, 1, 2, 3, 4, 5]
 
 
-def test_grid_values_are_legal_for_the_study():
+def test_grid_values_are_legal_for_the_study() -> None:
     for name, values in grid_of(SPACE, points=4).items():
         distribution = to_distributions(SPACE)[name]
         assert all(distribution._contains(distribution.to_internal_repr(v)) for v in values)
 
 
-def error_of(make) -> str:
+def error_of(make: Callable[[], object]) -> str:
     with pytest.raises(InputError) as caught:
         make()
     message = str(caught.value)
@@ -118,7 +119,9 @@ def error_of(make) -> str:
         (lambda: grid_of(SPACE, points=1), "points must be at least 2, got 1"),
     ],
 )
-def test_mistakes_are_named_with_what_was_found_and_a_remedy(make, message):
+def test_mistakes_are_named_with_what_was_found_and_a_remedy(
+    make: Callable[[], object], message: str
+) -> None:
     found = error_of(make)
     assert found.startswith(message)
     assert ": " in found  # the remedy

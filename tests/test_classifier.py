@@ -1,0 +1,549 @@
+"""Frozen is frozen, a run can be replayed and resumed bit for bit, and scores are right."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from torch import Tensor, nn
+
+from lightning_modules.backbones import build_network
+from lightning_modules.classifier import ImageClassifier, lr_factor
+from lightning_modules.data.datamodule import PackDataModule
+from lightning_modules.data.manifest import Manifest
+from lightning_modules.data.pack import Pack
+from lightning_modules.errors import InputError
+from search.checkpoint import AtomicCheckpointIO
+
+Data = tuple[Manifest, Pack]
+MakeData = Callable[..., Data]
+State = dict[str, Tensor]
+
+# Lightning warns of what is meant here: frozen stages, few batches, no worker processes.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning")
+
+SIDE_PX = 32
+
+
+def make_module(**changes: Any) -> ImageClassifier:
+    settings: dict[str, Any] = {
+        "backbone": "mobilenet_v2",
+        "num_classes": 3,
+        "image_size_px": SIDE_PX,
+        "unfreeze_depth": 1,
+        "lr": 1e-2,
+        "seed": 5,
+        "max_epochs": 4,
+    }
+    return ImageClassifier(**(settings | changes))
+
+
+def fit(
+    module: ImageClassifier,
+    data: Data,
+    *callbacks: pl.Callback,
+    max_epochs: int = 1,
+    batch_size: int = 4,
+    seed: int = 5,
+    resume: Path | None = None,
+    accelerator: str = "cpu",
+) -> pl.Trainer:
+    """Trains as a trial does, in float32."""
+    manifest, pack = data
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=max_epochs,
+        callbacks=list(callbacks),
+        plugins=[AtomicCheckpointIO()],
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    datamodule = PackDataModule(manifest, pack, batch_size=batch_size, seed=seed)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume)
+    return trainer
+
+
+def copy_of(module: nn.Module) -> State:
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def changed(before: State, after: State) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+class SaveAt(pl.Callback):
+    """Saves a checkpoint at the end of an epoch, counted from 1, as a trial does."""
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        self.path = path
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch + 1 == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
+class KeepMetrics(pl.Callback):
+    """Keeps every epoch's metrics as they are when a trial reports them."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, dict[str, float]] = {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.epochs[trainer.current_epoch] = metrics
+
+
+# Freezing
+
+
+@pytest.mark.parametrize(
+    ("backbone", "depth"),
+    [("mobilenet_v2", 0), ("mobilenet_v2", 1), ("mobilenet_v2", 3), ("mobilenet_v2", 5)]
+    + [("resnet50", 1)],
+)
+def test_a_frozen_stage_is_bit_identical_after_fit_and_a_trained_one_is_not(
+    tiny_data: Data, backbone: str, depth: int
+) -> None:
+    module = make_module(backbone=backbone, unfreeze_depth=depth, backbone_lr_factor=1.0)
+    before = copy_of(module)
+    fit(module, tiny_data)
+    moved = changed(before, copy_of(module))
+    assert moved >= {"head.weight", "head.bias"}
+    for index, stage in enumerate(module.backbone.stages):
+        prefix = f"backbone.stages.{index}."
+        moved_here = {name for name in moved if name.startswith(prefix)}
+        if index < 5 - depth:
+            assert moved_here == set()
+            continue
+        # Every convolution, and every BatchNorm's statistics: 8 images, 4 a step.
+        for name, child in stage.named_modules():
+            if isinstance(child, nn.Conv2d):
+                assert f"{prefix}{name}.weight" in moved_here
+            if isinstance(child, nn.BatchNorm2d):
+                assert f"{prefix}{name}.running_mean" in moved_here
+                assert f"{prefix}{name}.running_var" in moved_here
+                assert int(child.num_batches_tracked) == 2
+
+
+@pytest.mark.gpu
+def test_a_frozen_stage_is_bit_identical_after_fit_on_a_gpu(tiny_data: Data, device: str) -> None:
+    module = make_module(unfreeze_depth=2)
+    before = copy_of(module)
+    fit(module, tiny_data, accelerator=device)
+    moved = changed(before, copy_of(module))
+    assert {name.split(".")[2] for name in moved if name.startswith("backbone.")} == {"3", "4"}
+
+
+def test_a_frozen_backbone_is_in_eval_mode_during_fit_and_a_trained_one_is_not(
+    tiny_data: Data,
+) -> None:
+    class KeepModes(pl.Callback):
+        modes: tuple[list[bool], ...] = ()
+
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+        ) -> None:
+            stages = pl_module.backbone.stages
+            modes = [{child.training for child in stage.modules()} for stage in stages]
+            self.modes += (modes,)
+
+    # The second epoch comes after a validation, which puts everything in eval mode.
+    keep = KeepModes()
+    fit(make_module(unfreeze_depth=2), tiny_data, keep, max_epochs=2)
+    assert keep.modes == ([{False}, {False}, {False}, {True}, {True}],) * 4
+
+
+# Learning
+
+
+@pytest.mark.slow
+def test_eight_noise_images_are_learnt_by_heart(tiny_data: Data) -> None:
+    manifest, pack = tiny_data
+    rows = manifest.rows("train")
+    noise = np.random.default_rng(0).integers(0, 256, (len(manifest.frame), SIDE_PX, SIDE_PX))
+    path = pack.path.with_name("noise.npy")
+    # Validated on what it was trained on: the same eight images in the rows of both splits.
+    frame = manifest.frame.iloc[[*rows, *rows]].reset_index(drop=True)
+    frame["split"] = ["train"] * 8 + ["val"] * 8
+    images = noise[[*rows, *rows]].astype(np.uint8)
+    np.save(path, images)
+    module = make_module(
+        unfreeze_depth=5,
+        backbone_lr_factor=1.0,
+        lr=3e-3,
+        dropout=0.0,
+        augmentation_strength=0.0,
+        max_epochs=40,
+    )
+    keep = KeepMetrics()
+    data = Manifest(manifest.root, frame), Pack(path, pack.digest, SIDE_PX, ())
+    fit(module, data, keep, max_epochs=40, batch_size=8)
+    assert keep.epochs[0]["train_loss"] > 0.8
+    assert keep.epochs[39]["train_loss"] < 0.02
+    assert keep.epochs[39]["val_loss"] < 0.05
+    assert keep.epochs[39]["val_accuracy"] == 1
+
+
+def test_the_loss_is_the_written_out_one_with_class_weights_and_smoothing() -> None:
+    weights, smoothing = [0.5, 2.0, 4.0], 0.1
+    module = make_module(
+        unfreeze_depth=0, dropout=0.0, class_weights=weights, label_smoothing=smoothing
+    )
+    module.head.weight.data *= 20  # logits that differ
+    images = torch.randint(0, 256, (5, 1, SIDE_PX, SIDE_PX), dtype=torch.uint8)
+    labels, rows = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([3, 1, 4, 1, 5])
+    with torch.no_grad():
+        loss = module.training_step((images, labels, rows), 0)
+        logits = module(module.views(images, epoch=0, samples=rows)).tolist()
+    total = 0.0
+    for scores, label in zip(logits, labels.tolist(), strict=True):
+        log_sum = math.log(sum(math.exp(score) for score in scores))
+        losses = [weight * (log_sum - score) for weight, score in zip(weights, scores, strict=True)]
+        total += (1 - smoothing) * losses[label] + smoothing * sum(losses) / 3
+    expected = total / sum(weights[label] for label in labels.tolist())
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    plain = make_module(unfreeze_depth=0, dropout=0.0)
+    plain.head.load_state_dict(module.head.state_dict())
+    with torch.no_grad():
+        assert abs(float(plain.training_step((images, labels, rows), 0)) - expected) > 0.01
+
+
+def test_a_grey_image_is_normalised_as_imagenet_was() -> None:
+    module = make_module().eval()
+    network = build_network("mobilenet_v2").eval()
+    # The backbone's random weights under torchvision's names: both list stem first, head last.
+    network.load_state_dict(
+        dict(zip(network.state_dict(), module.backbone.state_dict().values(), strict=False)),
+        strict=False,
+    )
+    network.classifier = module.head
+    grey = torch.rand(2, SIDE_PX, SIDE_PX)
+    colours = [
+        (grey - mean) / std for mean, std in [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]
+    ]
+    with torch.no_grad():
+        expected = network(torch.stack(colours, dim=1))
+        torch.testing.assert_close(module(grey.unsqueeze(1)), expected)
+
+
+# What is logged
+
+
+def test_an_epoch_logs_these_metrics(tiny_data: Data) -> None:
+    keep = KeepMetrics()
+    fit(make_module(), tiny_data, keep)
+    assert keep.epochs[0].keys() == {
+        "train_loss", "train_macro_f1", "train_accuracy", "val_loss", "val_macro_f1", "val_accuracy"
+    }  # fmt: skip
+
+
+def test_train_loss_at_the_end_of_an_epoch_is_this_epochs(tiny_data: Data) -> None:
+    class LossByHand(pl.Callback):
+        """Each batch's loss before its step, from the backbone's features on."""
+
+        def __init__(self) -> None:
+            self.losses: dict[int, list[float]] = {}
+
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            images, labels, rows = batch
+            with torch.no_grad():
+                views = pl_module.views(images, epoch=trainer.current_epoch, samples=rows)
+                scores = pl_module(views).exp()
+            right = scores[range(len(labels)), labels]
+            loss = -(right / scores.sum(1)).log().mean()
+            self.losses.setdefault(trainer.current_epoch, []).append(float(loss))
+
+    by_hand, keep = LossByHand(), KeepMetrics()
+    module = make_module(unfreeze_depth=0, dropout=0.0, lr=0.05)
+    fit(module, tiny_data, by_hand, keep, max_epochs=3)
+    expected = [sum(by_hand.losses[epoch]) / 2 for epoch in range(3)]
+    logged = [keep.epochs[epoch]["train_loss"] for epoch in range(3)]
+    assert logged == pytest.approx(expected, rel=1e-5)
+    assert min(abs(a - b) for a, b in zip(expected, expected[1:], strict=False)) > 1e-3
+
+
+def test_validation_scores_are_scikit_learns(make_data: MakeData) -> None:
+    # More than one batch, unequal ones, and a class that is never right.
+    manifest, pack = make_data(train=(4, 3, 1), val=(40, 25, 5))
+    module, keep = (
+        make_module(lr=0.03, unfreeze_depth=0, class_weights=[1.0, 3.0, 9.0]),
+        KeepMetrics(),
+    )
+    fit(module, (manifest, pack), keep)
+    module.eval()
+    rows = manifest.rows("val")
+    images = torch.from_numpy(pack.images()[rows]).unsqueeze(1).float() / 255
+    with torch.no_grad():
+        logits = module(images).double().numpy()
+    labels, predicted = manifest.labels()[rows], logits.argmax(1)
+    assert len(set(predicted)) > 1
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(rows)), labels]
+    logged = keep.epochs[0]
+    assert logged["val_macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert logged["val_accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert logged["val_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert module.val_confusion.compute().tolist() == confusion_matrix(labels, predicted).tolist()
+
+
+# Replaying and resuming
+
+
+def test_two_fits_with_one_seed_are_bit_equal_and_another_seed_differs(tiny_data: Data) -> None:
+    states, metrics = [], []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(states))  # what came before does not matter
+        keep = KeepMetrics()
+        module = make_module(seed=seed, unfreeze_depth=2)
+        fit(module, tiny_data, keep, max_epochs=2, seed=seed)
+        states.append(copy_of(module))
+        metrics.append(keep.epochs)
+    assert changed(states[0], states[1]) == set()
+    assert metrics[0] == metrics[1]
+    assert "head.weight" in changed(states[0], states[2])
+    assert metrics[0] != metrics[2]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_four_epochs_equal_two_and_two_resumed_bit_for_bit(
+    tiny_data: Data, tmp_path: Path, depth: int
+) -> None:
+    path, whole, rest = tmp_path / "two.ckpt", KeepMetrics(), KeepMetrics()
+    module = make_module(unfreeze_depth=depth, dropout=0.5)
+    fit(module, tiny_data, SaveAt(path, epoch=2), whole, max_epochs=4)
+    torch.manual_seed(123)
+    resumed = make_module(unfreeze_depth=depth, dropout=0.5)
+    fit(resumed, tiny_data, rest, max_epochs=4, resume=path)
+    assert changed(copy_of(module), copy_of(resumed)) == set()
+    assert list(rest.epochs) == [2, 3]
+    assert rest.epochs == {epoch: whole.epochs[epoch] for epoch in (2, 3)}
+
+
+def test_an_epochs_loss_depends_on_the_weights_and_the_epoch_alone(
+    tiny_data: Data, tmp_path: Path
+) -> None:
+    class Disturb(pl.Callback):
+        """Draws numbers before every epoch that no other run draws."""
+
+        def on_train_epoch_start(self, *_: object) -> None:
+            torch.rand(torch.seed() % 1000)
+
+    # At a learning rate of 0 the weights stay; dropout, order, and views go on.
+    def run(*callbacks: pl.Callback, resume: Path | None = None) -> dict[int, float]:
+        keep = KeepMetrics()
+        module = make_module(unfreeze_depth=0, lr=0.0, dropout=0.5)
+        fit(module, tiny_data, keep, *callbacks, max_epochs=3, resume=resume)
+        return {epoch: metrics["train_loss"] for epoch, metrics in keep.epochs.items()}
+
+    path = tmp_path / "one.ckpt"
+    losses = run(SaveAt(path, epoch=1))
+    assert len(set(losses.values())) == 3
+    assert run(Disturb()) == losses
+    assert run(Disturb(), resume=path) == {1: losses[1], 2: losses[2]}
+
+
+def test_dropout_is_a_function_of_seed_and_epoch() -> None:
+    def masks(seed: int, before: int) -> Tensor:
+        module = make_module(seed=seed, dropout=0.5)
+        torch.manual_seed(before)
+        module.on_train_epoch_start()
+        return module.dropout(torch.ones(4, 100))
+
+    assert torch.equal(masks(seed=1, before=0), masks(seed=1, before=1))
+    assert not torch.equal(masks(seed=1, before=0), masks(seed=2, before=0))
+
+
+def test_building_a_module_does_not_touch_the_global_generator() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    make_module()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_trials_seed_draws_the_head_and_the_sweeps_the_backbone() -> None:
+    state = copy_of(make_module(seed=1, weights_seed=1))
+    assert changed(state, copy_of(make_module(seed=2, weights_seed=1))) == {
+        "head.weight",
+        "head.bias",
+    }
+    assert "head.weight" not in changed(state, copy_of(make_module(seed=1, weights_seed=2)))
+
+
+# The optimizer
+
+
+def test_the_learning_rate_warms_up_and_follows_a_half_cosine() -> None:
+    factors = [lr_factor(step, warmup_steps=2, total_steps=8) for step in range(9)]
+    # 1/2, 2/2, then (1 + cos(pi k / 6)) / 2 for k = 0 ... 6.
+    half = math.sqrt(3) / 4
+    assert factors == pytest.approx([0.5, 1, 1, 0.5 + half, 0.75, 0.5, 0.25, 0.5 - half, 0])
+
+
+@pytest.mark.parametrize(
+    ("step", "warmup_steps", "total_steps", "factor"),
+    [(0, 0, 10, 1), (5, 0, 10, 0.5), (99, 2, 10, 0), (0, 1, 1, 1), (1, 1, 1, 1), (9, 10, 10, 1)],
+)
+def test_the_schedules_ends(step: int, warmup_steps: int, total_steps: int, factor: float) -> None:
+    got = lr_factor(step, warmup_steps=warmup_steps, total_steps=total_steps)
+    assert got == pytest.approx(factor)
+
+
+def test_head_and_backbone_take_their_own_learning_rates_step_by_step(tiny_data: Data) -> None:
+    class KeepRates(pl.Callback):
+        def __init__(self) -> None:
+            self.rates: list[list[float]] = []
+
+        def on_before_optimizer_step(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+        ) -> None:
+            self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    keep = KeepRates()
+    module = make_module(lr=0.04, backbone_lr_factor=0.25, warmup_epochs=1.0)
+    fit(module, tiny_data, keep, max_epochs=4)
+    # Two steps an epoch; the warm-up is one epoch of four.
+    half = math.sqrt(3) / 4
+    factors = [0.5, 1, 1, 0.5 + half, 0.75, 0.5, 0.25, 0.5 - half]
+    expected = [[0.04 * f, 0.04 * f, 0.01 * f, 0.01 * f] for f in factors]
+    np.testing.assert_allclose(keep.rates, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 5])
+def test_every_trained_parameter_is_optimized_once_and_only_weights_decay(
+    tiny_data: Data, depth: int
+) -> None:
+    module = make_module(unfreeze_depth=depth, weight_decay=0.25)
+    optimizer = fit(module, tiny_data).optimizers[0]
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert len(decay) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert decay.keys() == {id(p) for p in module.parameters() if p.requires_grad}
+    for child in module.modules():
+        own = {name: decay.get(id(p)) for name, p in child.named_parameters(recurse=False)}
+        if isinstance(child, nn.BatchNorm2d):
+            assert own in ({"weight": 0.0, "bias": 0.0}, {"weight": None, "bias": None})
+        elif isinstance(child, nn.Conv2d):
+            assert own in ({"weight": 0.25}, {"weight": None})
+        else:
+            assert own in ({}, {"weight": 0.25, "bias": 0.0})  # the head
+
+
+# Checkpoints
+
+
+def trained_checkpoint(folder: Path, data: Data, **changes: Any) -> tuple[ImageClassifier, Path]:
+    module, path = make_module(**changes), folder / "trained.ckpt"
+    fit(module, data, SaveAt(path, epoch=1))
+    return module.eval(), path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def load(path: Path, **changes: Any) -> ImageClassifier:
+    return ImageClassifier.load_from_checkpoint(path, weights_only=True, **changes).eval()
+
+
+def test_a_head_only_checkpoint_holds_the_head_alone(tiny_data: Data, tmp_path: Path) -> None:
+    _, path = trained_checkpoint(tmp_path, tiny_data, backbone="resnet50", unfreeze_depth=0)
+    state = read_checkpoint(path)["state_dict"]
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        "head.weight": (3, 2048),
+        "head.bias": (3,),
+    }
+    # The backbone has 94 MB; the head and AdamW's two moments, 74 kB.
+    assert path.stat().st_size < 200_000
+
+
+def test_a_checkpoint_holds_the_trained_stages_and_their_statistics(
+    tiny_data: Data, tmp_path: Path
+) -> None:
+    module, path = trained_checkpoint(tmp_path, tiny_data, unfreeze_depth=2)
+    state = read_checkpoint(path)["state_dict"]
+    assert state.keys() == {
+        name for name in module.state_dict() if name.startswith(("backbone.stages.3.", "backbone.stages.4.", "head."))
+    }  # fmt: skip
+    assert any(name.endswith("running_var") for name in state)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 5])
+@pytest.mark.parametrize("source", ["random", "file"])
+def test_a_loaded_checkpoint_gives_equal_logits_and_needs_nothing_else(
+    tiny_data: Data, tmp_path: Path, depth: int, source: str
+) -> None:
+    weights: dict[str, Any] = {"weights_seed": 8}
+    if source == "file":
+        torch.manual_seed(11)
+        torch.save(build_network("mobilenet_v2").state_dict(), tmp_path / "w.pth")
+        weights = {"weights_path": str(tmp_path / "w.pth")}
+    module, path = trained_checkpoint(tmp_path, tiny_data, unfreeze_depth=depth, **weights)
+    images = torch.rand(4, 1, SIDE_PX, SIDE_PX)
+    with torch.no_grad():
+        assert torch.equal(load(path)(images), module(images))
+    assert load(path).hparams == module.hparams
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [
+        (0, "628 foreign keys"),
+        (2, "0 foreign keys"),
+    ],
+)
+def test_a_checkpoint_of_another_depth_is_refused(
+    tiny_data: Data, tmp_path: Path, depth: int, message: str
+) -> None:
+    _, path = trained_checkpoint(tmp_path, tiny_data, unfreeze_depth=1)
+    with pytest.raises(InputError) as error:
+        load(path, unfreeze_depth=depth)
+    assert str(error.value) == message
+
+
+def test_a_checkpoint_trained_on_other_frozen_weights_is_refused(
+    tiny_data: Data, tmp_path: Path
+) -> None:
+    module, path = trained_checkpoint(tmp_path, tiny_data, weights_seed=1)
+    with pytest.raises(InputError) as error:
+        load(path, weights_seed=2)
+    here = make_module(weights_seed=2).frozen_digest
+    assert here != module.frozen_digest
+    assert str(error.value) == (
+        "checkpoint was trained on other initial weights: digest "
+        f"{module.frozen_digest[:12]}, here {here[:12]}; give the weights that the sweep started "
+        "from"
+    )
+    with pytest.raises(InputError):
+        fit(make_module(weights_seed=2), tiny_data, max_epochs=2, resume=path)
+
+
+def test_a_checkpoint_without_a_digest_is_refused(tiny_data: Data, tmp_path: Path) -> None:
+    _, path = trained_checkpoint(tmp_path, tiny_data)
+    checkpoint = read_checkpoint(path)
+    del checkpoint["frozen_digest"]
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="digest None, here"):
+        load(path)
+
+
+def test_a_trial_without_frozen_stages_loads_too(tiny_data: Data, tmp_path: Path) -> None:
+    module, path = trained_checkpoint(tmp_path, tiny_data, unfreeze_depth=5, weights_seed=1)
+    # Everything is in the checkpoint: what it started from does not matter.
+    images = torch.rand(2, 1, SIDE_PX, SIDE_PX)
+    with torch.no_grad():
+        assert torch.equal(load(path, weights_seed=2)(images), module(images))

@@ -1,0 +1,224 @@
+"""A sweep of simulated trials, killed at any of its writes, ends as one that was left alone.
+
+No Ray: the searcher, scheduler, and recorder are driven here in the order in which Ray's controller
+calls them. ``test_resume`` does the same with processes.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from optuna.storages import RDBStorage
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from lightning_modules.data.phantom import PhantomSettings
+from lightning_modules.seeds import derive_seed
+from search.record import Record, Trial
+from search.scheduler import ResumableASHA
+from search.searcher import StudyRecorder, StudySearcher
+from search.space import Float, Int
+from search.sweep import DataSettings, SchedulerSettings, SearchSettings, Sweep, TrainingSettings
+
+WRITES = (
+    "create_new_trial",
+    "set_trial_param",
+    "set_trial_state_values",
+    "set_trial_intermediate_value",
+    "set_trial_user_attr",
+)
+
+
+class Killed(BaseException):
+    """The process died here."""
+
+
+def make_sweep(folder: Path, sampler: str = "random", num_trials: int = 7) -> Sweep:
+    return Sweep(
+        name="simulated",
+        storage=str(folder),
+        metric="val_loss",
+        data=DataSettings(phantom=PhantomSettings()),
+        space={"lr": Float(low=1e-5, high=1.0, log=True), "unfreeze_depth": Int(low=0, high=5)},
+        training=TrainingSettings(max_epochs=9),
+        search=SearchSettings(num_trials=num_trials, sampler=sampler, keep_trials=3),
+        scheduler=SchedulerSettings(grace_period_epochs=1, reduction_factor=3),
+    )
+
+
+def loss_of(config: dict[str, Any], epoch: int) -> float:
+    """A curve that falls to a floor that depends on the params; some diverge at once."""
+    if config["params"]["lr"] > 0.01:
+        return math.nan
+    floor = abs(math.log10(config["params"]["lr"]) + 3) + 0.1 * config["params"]["unfreeze_depth"]
+    wiggle = derive_seed(config["seed"], epoch) / 2**31
+    return floor + 2 / epoch + 0.1 * wiggle
+
+
+def run(record: Record, execute: Callable[[int, int], None] = lambda number, epoch: None) -> None:
+    """Run a sweep from where its record stands, one trial at a time, as the tuner does."""
+    trials = record.trials()
+    scheduler = ResumableASHA(record.sweep, trials)
+    recorder = StudyRecorder(record, scheduler)
+    unfinished = []
+    for trial in trials:
+        if trial.state == "running" and trial.epochs and trial.epochs[-1].stopped:
+            recorder.settle(trial)
+        elif trial.state == "running":
+            unfinished.append(trial)
+    searcher = StudySearcher(record, unfinished)
+    num_started = 0
+    while (config := searcher.suggest(trial_id := f"ray-{num_started}")) != Searcher.FINISHED:
+        num_started += 1
+        ray_trial = SimpleNamespace(trial_id=trial_id, config=config, error_file=None)
+        scheduler.on_trial_add(None, ray_trial)
+        resume = config["resume"]
+        for epoch in range(1 if resume is None else resume["last"]["epoch"] + 1, 10):
+            execute(config["number"], epoch)
+            result = report_of(record.sweep, config, epoch)
+            action = scheduler.on_trial_result(None, ray_trial, result)
+            result["done"] = action == TrialScheduler.STOP
+            recorder.on_trial_result(0, [], ray_trial, result)
+            if result["done"]:
+                scheduler.on_trial_complete(None, ray_trial, result)
+                recorder.on_trial_complete(0, [], ray_trial)
+                break
+
+
+def report_of(sweep: Sweep, config: dict[str, Any], epoch: int) -> dict[str, Any]:
+    """What a worker reports, its checkpoint really written."""
+    loss = loss_of(config, epoch)
+    metrics = {"val_loss": loss, "train_loss": loss, "val_macro_f1": 0.5, "val_accuracy": 0.5}
+    stem = f"trials/{config['number']:05d}/e{epoch}-a{config['attempt']}"
+    files = {}
+    for kind in ("last", "best"):
+        path = sweep.folder / f"{stem}-{kind}.ckpt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        files[kind] = {"path": f"{stem}-{kind}.ckpt", "digest": empty, "epoch": epoch}
+    return {"epoch": epoch, **metrics, "metrics": metrics, "confusion": [], "ran_on": "", **files}
+
+
+def outcome(trials: list[Trial]) -> list[Any]:
+    """All that a kill must not change."""
+    return [
+        (
+            trial.number,
+            trial.params,
+            trial.seed,
+            trial.state,
+            trial.reason,
+            [(epoch.epoch, epoch.metrics, epoch.stopped) for epoch in trial.epochs],
+        )
+        for trial in trials
+    ]
+
+
+def count_writes(monkeypatch: pytest.MonkeyPatch, limit: float = math.inf) -> list[int]:
+    """Count the study's writes from here on, and die instead of the one after ``limit``."""
+    count = [0]
+    for name in WRITES:
+        original = getattr(RDBStorage, name)
+
+        def counted(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            if count[0] >= limit:
+                raise Killed
+            count[0] += 1
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(RDBStorage, name, counted)
+    return count
+
+
+def check_killed_at(
+    tmp_path: Path, expected: list[Any], limit: int, sampler: str = "random"
+) -> None:
+    sweep = make_sweep(tmp_path / str(limit), sampler)
+    sweep.folder.mkdir(parents=True)
+    executed: list[tuple[int, int]] = []
+    record = Record.create(sweep, {})
+    with pytest.MonkeyPatch.context() as patch:
+        count_writes(patch, limit)
+        with pytest.raises(Killed):
+            run(record, lambda number, epoch: executed.append((number, epoch)))
+    before = Record.open(sweep).trials()
+    num_before = len(executed)
+    run(Record.open(sweep), lambda number, epoch: executed.append((number, epoch)))
+    after = Record.open(sweep).trials()
+
+    assert outcome(after) == expected, f"killed at write {limit}"
+    # Recorded epochs are not run again, and at most the epoch that was under way is.
+    recorded = {(trial.number, epoch.epoch) for trial in before for epoch in trial.epochs}
+    repeated = set(executed[:num_before]) & set(executed[num_before:])
+    assert not recorded & set(executed[num_before:])
+    assert len(repeated) <= 1
+    kept = list((sweep.folder / "trials").rglob("*.ckpt"))
+    assert len(kept) == 3, "keep_trials"
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> list[Any]:
+    sweep = make_sweep(tmp_path / "left-alone")
+    sweep.folder.mkdir(parents=True)
+    run(Record.create(sweep, {}))
+    return outcome(Record.open(sweep).trials())
+
+
+def test_the_simulated_sweep_has_every_kind_of_ending(expected: list[Any]) -> None:
+    endings = {(state, reason) for _, _, _, state, reason, _ in expected}
+    assert endings == {("complete", "max_epochs"), ("pruned", "asha"), ("failed", "diverged")}
+
+
+def test_killed_at_a_sample_of_its_writes(tmp_path: Path, expected: list[Any]) -> None:
+    # Before anything is written, within the description of a trial, within an epoch.
+    for limit in (0, 4, 41):
+        check_killed_at(tmp_path, expected, limit)
+
+
+@pytest.mark.slow
+def test_killed_at_every_write(tmp_path: Path, expected: list[Any]) -> None:
+    sweep = make_sweep(tmp_path / "counted")
+    sweep.folder.mkdir(parents=True)
+    record = Record.create(sweep, {})
+    with pytest.MonkeyPatch.context() as patch:
+        count = count_writes(patch)
+        run(record)
+    assert count[0] > 50
+    for limit in range(count[0]):
+        check_killed_at(tmp_path, expected, limit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cma_es", "grid"])
+def test_every_sampler_goes_on_as_if_nothing_had_happened(tmp_path: Path, sampler: str) -> None:
+    sweep = make_sweep(tmp_path / sampler, sampler)
+    sweep.folder.mkdir(parents=True)
+    run(Record.create(sweep, {}))
+    check_killed_at(tmp_path, outcome(Record.open(sweep).trials()), 60, sampler)
+
+
+def test_a_torn_checkpoint_falls_back_to_starting_over(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path)
+    sweep.folder.mkdir(parents=True)
+    record = Record.create(sweep, {})
+    with pytest.MonkeyPatch.context() as patch:
+        count_writes(patch, 14)
+        with pytest.raises(Killed):
+            run(record)
+    trial = Record.open(sweep).trials()[-1]
+    assert trial.state == "running"
+    last = trial.epochs[-1].last
+    assert last is not None
+    (sweep.folder / last.path).write_bytes(b"torn")
+    searcher = StudySearcher(Record.open(sweep), [trial])
+    resume = searcher.suggest("again")["resume"]
+    earlier = trial.epochs[-2].last if len(trial.epochs) > 1 else None
+    assert (resume and resume["last"]["path"]) == (earlier and earlier.path)
+
+
+def test_no_trial_stays_running(expected: list[Any], tmp_path: Path) -> None:
+    assert "running" not in {state for _, _, _, state, _, _ in expected}
