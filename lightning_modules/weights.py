@@ -6,6 +6,7 @@ They are found once, before a sweep starts; trials get a local file and its dige
 import hashlib
 import http.client
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,10 @@ def _download_imagenet(backbone: str) -> Path:
     if path.is_file() and _sha256_of_file(path).startswith(expected):
         return path
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    timeout_s = socket.getdefaulttimeout()
     try:
+        # torch.hub sets none: where a firewall swallows the connection it would wait for minutes.
+        socket.setdefaulttimeout(30)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Straight to a name of our own: a download that breaks off leaves no file that looks whole.
         torch.hub.download_url_to_file(url, str(partial), hash_prefix=expected, progress=False)
@@ -206,6 +210,7 @@ def _download_imagenet(backbone: str) -> Path:
             f"`--weights FILE_OR_FOLDER`, or start from `--weights random`"
         ) from error
     finally:
+        socket.setdefaulttimeout(timeout_s)
         partial.unlink(missing_ok=True)
     return path
 

@@ -131,9 +131,10 @@ def _launch(options: argparse.Namespace) -> None:
     sweep = load_sweep(options.sweep, overrides)
     _check_export(options.export)
 
-    from search.tuner import launch_sweep
+    from search.folder import new_folder
 
-    _run_to_end(launch_sweep, sweep, options)
+    with new_folder(sweep):
+        _run_to_end(sweep, options, is_new=True)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -142,44 +143,54 @@ def _resume(options: argparse.Namespace) -> None:
     sweep = open_sweep(options.name, options.storage)
     _check_export(options.export)
 
-    from search.tuner import resume_sweep
-
-    _run_to_end(resume_sweep, sweep, options)
+    _run_to_end(sweep, options, is_new=False)
 
 
-def _run_to_end(run: Any, sweep: Any, options: argparse.Namespace) -> None:
+def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> None:
+    from search.data import prepare_data
+
     console = _console()
-    console.print(f"sweep {sweep.name} in {sweep.folder}", soft_wrap=True)
-    console.print(f"watch   {_tensorboard(sweep)}", soft_wrap=True)
     start_s = time.monotonic()
     with Bar(console=console, transient=True) as bar:
         task = bar.add_task("decoding images", total=None, visible=False)
-        record = run(
+        manifest, pack = prepare_data(
             sweep,
-            address=options.address,
-            decoding=lambda done, total: bar.update(
-                task, completed=done, total=total, visible=done < total
-            ),
+            lambda done, total: bar.update(task, completed=done, total=total, visible=done < total),
         )
+    console.print(f"sweep   {sweep.name} in {sweep.folder}", soft_wrap=True)
+    console.print(f"watch   {_tensorboard(sweep)}", soft_wrap=True)
+
+    # After the images: their mistakes should not wait for torch to be imported.
+    from search import tuner
+
+    run = tuner.launch_sweep if is_new else tuner.resume_sweep
+    record = run(sweep, manifest, pack, address=options.address, tell=console.print)
     _print_table(console, record, num_rows=20)
-    trials = record.trials()
-    unfinished = [trial for trial in trials if trial.state == "running"]
+    _print_end(console, record, elapsed_s=time.monotonic() - start_s)
+    if options.export is None:
+        console.print(f"  neurosweep export {sweep.reference} {sweep.name}-bundle", soft_wrap=True)
+    else:
+        _write_bundle(console, record, options.export, trial_number=None)
+
+
+def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
+    """Say what was run and what to type next; exit if the sweep did not come to its end."""
+    sweep, trials = record.sweep, record.trials()
     run_epochs = sum(len(trial.epochs) for trial in trials)
     possible = sweep.search.num_trials * sweep.training.max_epochs
     console.print(
-        f"{len(trials)} trials, {run_epochs} epochs run of {possible} possible, "
-        f"{time.monotonic() - start_s:.0f} s"
+        f"{len(trials)} trials, {run_epochs} epochs run of {possible} possible, {elapsed_s:.0f} s"
     )
-    if unfinished or len(trials) < sweep.search.num_trials:
-        console.print(f"unfinished; go on with\n  neurosweep resume {_named(sweep)}")
+    cut_short = len(trials) < sweep.search.num_trials and sweep.search.time_budget_s is None
+    if cut_short or any(trial.state == "running" for trial in trials):
+        console.print(f"interrupted; go on with\n  neurosweep resume {sweep.reference}")
         sys.exit(130)
+    if all(trial.state == "failed" for trial in trials):
+        print("neurosweep: every trial failed; the table says why", file=sys.stderr)
+        sys.exit(1)
     console.print("next", style="bold")
-    console.print(f"  neurosweep top {_named(sweep)}", soft_wrap=True)
+    console.print(f"  neurosweep top {sweep.reference}", soft_wrap=True)
     console.print(f"  {_tensorboard(sweep)}", soft_wrap=True)
-    if options.export is None:
-        console.print(f"  neurosweep export {_named(sweep)} {sweep.name}-bundle", soft_wrap=True)
-    else:
-        _write_bundle(console, record, options.export, trial_number=None)
 
 
 def _top(options: argparse.Namespace) -> None:
@@ -278,13 +289,6 @@ def _cell(value: Any) -> str:
 
 def _tensorboard(sweep: Any) -> str:
     return f"tensorboard --logdir {shlex.quote(str(sweep.folder / 'tensorboard'))}"
-
-
-def _named(sweep: Any) -> str:
-    """Return what names the sweep on a command line typed here."""
-    if Path(sweep.storage) == Path("sweeps").resolve():
-        return str(sweep.name)
-    return f"{sweep.name} --storage {shlex.quote(sweep.storage)}"
 
 
 def _check_export(out: Path | None) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from lightning_modules.errors import InputError
 from lightning_modules.stages import BACKBONES
-from search.sampler import SAMPLERS
+from search.sampler import SAMPLERS, num_grid_points
 from search.space import Choice, Domain, Float, Int, Space
 from search.sweep import METRIC_MODES, PARAM_LIMITS, Sweep, TrialParams, WeightsSpec
 
@@ -299,6 +299,7 @@ def _checked(sweep: Sweep) -> Sweep:
         if name in sweep.backbones and name not in sweep.weights:
             raise InputError(f"weights must name initial weights for {name}, which is searched")
     _check_params(sweep)
+    _check_sampler(sweep)
     return sweep
 
 
@@ -319,6 +320,23 @@ def _check_params(sweep: Sweep) -> None:
             _within(f"{dotted}.low", domain.low, *PARAM_LIMITS[name])
             _within(f"{dotted}.high", domain.high, *PARAM_LIMITS[name])
         _check_baseline(name, domain, params[name])
+
+
+def _check_sampler(sweep: Sweep) -> None:
+    """Check what a sampler would refuse only once the sweep runs."""
+    if sweep.search.sampler == "cma_es" and all(
+        isinstance(d, Choice) for d in sweep.space.values()
+    ):
+        raise InputError(
+            "search.sampler cma_es must have a range to search; space has only choices: use tpe"
+        )
+    if sweep.search.sampler == "grid":
+        num_points = num_grid_points(sweep.space)
+        if sweep.search.num_trials > num_points + 1:
+            raise InputError(
+                f"search.num_trials must be at most {num_points + 1} with the grid sampler, the "
+                f"baseline and {num_points} points; got {sweep.search.num_trials}"
+            )
 
 
 def _check_baseline(name: str, domain: Domain, value: Any) -> None:

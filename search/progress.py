@@ -18,10 +18,9 @@ class Progress(Callback):
     Args:
         record: Read for what is known so far.
         scheduler: Asked for cut-offs.
-        num_running: Trials that may run at once.
     """
 
-    def __init__(self, record: Record, scheduler: ResumableASHA, *, num_running: int) -> None:
+    def __init__(self, record: Record, scheduler: ResumableASHA) -> None:
         self._record = record
         self._scheduler = scheduler
         console = Console(highlight=False, soft_wrap=True)

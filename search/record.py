@@ -151,7 +151,7 @@ class Record:
         except optuna.exceptions.DuplicatedStudyError as error:
             raise InputError(
                 f"the sweep's name must be new; {sweep.name} exists in the study storage: "
-                f"`neurosweep resume {sweep.name}` goes on with it, `--name` takes another"
+                f"`neurosweep resume {sweep.reference}` goes on with it, `--name` takes another"
             ) from error
         except _STORAGE_ERRORS as error:
             raise _unreachable(sweep, error) from error

@@ -57,6 +57,6 @@ def best_trial(record: Record) -> Trial:
     if not ranked:
         raise InputError(
             f"a trial of {record.sweep.name} must have finished; none has: "
-            f"`neurosweep resume {record.sweep.name}`"
+            f"`neurosweep resume {record.sweep.reference}`"
         )
     return ranked[0]

@@ -3,6 +3,7 @@
 Reading them from YAML and checking them is ``config``'s.
 """
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -203,6 +204,13 @@ class Sweep:
     def folder(self) -> Path:
         """The sweep's own folder."""
         return Path(self.storage) / self.name
+
+    @property
+    def reference(self) -> str:
+        """What names the sweep on a command line that is typed here."""
+        if Path(self.storage) == Path("sweeps").resolve():
+            return self.name
+        return f"{self.name} --storage {shlex.quote(self.storage)}"
 
     @property
     def backbones(self) -> tuple[str, ...]:

@@ -1,8 +1,6 @@
 """Runs a sweep on Ray Tune: a new one, or one that was interrupted."""
 
 import contextlib
-import errno
-import fcntl
 import logging
 import math
 import os
@@ -26,14 +24,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 import ray
 from ray import tune
 
-from lightning_modules.data.manifest import Manifest, write_atomically
+from lightning_modules.data.manifest import SPLITS, Manifest, write_atomically
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
-from search.data import prepare_data
+from search.folder import check_new, lock
 from search.progress import Progress
-from search.record import Record, Trial
+from search.record import Record
 from search.scheduler import ResumableASHA
 from search.searcher import StopOnStorageError, StudyRecorder, StudySearcher
 from search.sweep import Sweep
@@ -47,51 +45,49 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "67108864",
 }
 
-DecodingProgress = Callable[[int, int], None]
+Tell = Callable[[str], None]
 
 
 def launch_sweep(
-    sweep: Sweep, *, address: str | None, decoding: DecodingProgress | None = None
+    sweep: Sweep, manifest: Manifest, pack: Pack, *, address: str | None, tell: Tell
 ) -> Record:
     """Run a new sweep to its end.
 
     Args:
-        sweep: What to run; nothing of its name may exist yet.
+        sweep: What to run; its folder is new.
+        manifest: Its images, split.
+        pack: Its images, decoded.
         address: A running Ray cluster's; none starts one on this machine.
-        decoding: Told how far the decoding of images has got.
+        tell: Given a line for the user now and then.
 
     Returns:
         The sweep's record.
 
     Raises:
-        InputError: If anything the user gave is wrong; all of it is found before Ray starts.
+        InputError: If anything the user gave is wrong; then there is no record either.
     """
-    _check_new(sweep)
-    _check_writable(sweep)
+    _check_cores(sweep, address)
     weights = {
         backbone: find_weights(sweep.weights[backbone], backbone=backbone, seed=sweep.seed)
         for backbone in sweep.backbones
     }
-    manifest, pack = prepare_data(sweep, decoding)
-    try:
-        with lock(sweep):
-            _check_new(sweep)
-            # Left by a launch that was killed before there was a sweep to resume.
-            (sweep.folder / "study.db").unlink(missing_ok=True)
-            manifest.write(sweep.folder / "manifest.csv")
-            record = Record.create(sweep, _facts(manifest, pack, weights))
-            write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
-            _run(record, manifest, pack, weights, address=address)
-    except OSError as error:
-        raise InputError(
-            f"the sweep's folder must be writable; {error}: free space there, or give another with "
-            "`--storage`"
-        ) from error
+    for backbone, origin in weights.items():
+        tell(f"weights {backbone}: {origin.origin}")
+    _tell_data(manifest, pack, tell)
+    with lock(sweep), _ray(address):
+        check_new(sweep)
+        resources = _trial_resources(sweep)
+        # Left by a launch that was killed before there was a sweep to resume.
+        (sweep.folder / "study.db").unlink(missing_ok=True)
+        manifest.write(sweep.folder / "manifest.csv")
+        record = Record.create(sweep, _facts(manifest, pack, weights))
+        write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
+        _run(record, manifest, pack, weights, resources, is_local=address is None)
     return record
 
 
 def resume_sweep(
-    sweep: Sweep, *, address: str | None, decoding: DecodingProgress | None = None
+    sweep: Sweep, manifest: Manifest, pack: Pack, *, address: str | None, tell: Tell
 ) -> Record:
     """Go on with a sweep that was interrupted; return at once if it was not.
 
@@ -100,40 +96,34 @@ def resume_sweep(
 
     Args:
         sweep: As it was launched.
+        manifest: Its images, split, as they are now.
+        pack: Its images, decoded, as they are now.
         address: A running Ray cluster's; none starts one on this machine.
-        decoding: Told how far the decoding of images has got.
+        tell: Given a line for the user now and then.
+
+    Returns:
+        The sweep's record.
 
     Raises:
         InputError: If the images or the initial weights are not the ones it was launched with.
     """
     record = Record.open(sweep)
     with lock(sweep):
-        manifest, pack = prepare_data(sweep, decoding)
+        trials = record.trials()
+        if len(trials) >= sweep.search.num_trials and not any(
+            trial.state == "running" for trial in trials
+        ):
+            return record
+        _tell_data(manifest, pack, tell)
         weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
         _check_same_data(record, manifest, pack)
         for backbone, origin in weights.items():
             _check_same_weights(backbone, origin)
-        _run(record, manifest, pack, weights, address=address)
+        _check_cores(sweep, address)
+        with _ray(address):
+            resources = _trial_resources(sweep)
+            _run(record, manifest, pack, weights, resources, is_local=address is None)
     return record
-
-
-@contextlib.contextmanager
-def lock(sweep: Sweep) -> Iterator[None]:
-    """Hold the sweep, so that no two processes run it; let go by the system if this one dies.
-
-    Raises:
-        InputError: If another process holds it.
-    """
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    with (sweep.folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"a sweep runs in one process at a time; another runs {sweep.name}: wait for it, "
-                f"or look with `neurosweep top {sweep.name}`"
-            ) from error
-        yield
 
 
 def _run(
@@ -141,8 +131,9 @@ def _run(
     manifest: Manifest,
     pack: Pack,
     weights: dict[str, WeightOrigin],
+    resources: dict[str, float],
     *,
-    address: str | None,
+    is_local: bool,
 ) -> None:
     sweep = record.sweep
     trials = record.trials()
@@ -158,11 +149,35 @@ def _run(
     remaining = len(unfinished) + sweep.search.num_trials - len(trials)
     if remaining <= 0:
         return
-    with _ray(address), tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
-        tuner = _build_tuner(
-            record, scheduler, recorder, unfinished, remaining, manifest, pack, weights,
-            ray_folder=Path(scratch) if address is None else sweep.folder / "ray",
-        )  # fmt: skip
+    concurrent = sweep.search.max_concurrent_trials or _max_concurrent(resources)
+    trainable = tune.with_parameters(
+        train_trial, sweep=sweep, manifest=manifest, pack=pack, weights=weights
+    )
+    with tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
+        # Never read back, but on a cluster every node has to see it.
+        ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=StudySearcher(record, unfinished),
+                scheduler=scheduler,
+                num_samples=remaining,
+                # Without it Ray creates the trials of a custom searcher one after another.
+                max_concurrent_trials=min(concurrent, remaining),
+                time_budget_s=sweep.search.time_budget_s,
+                # Importing torch and Lightning takes longer than a short trial.
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=sweep.name,
+                storage_path=str(ray_folder),
+                stop=StopOnStorageError(recorder),
+                callbacks=[recorder, Progress(record, scheduler)],
+                verbose=0,
+            ),
+        )
         # What went wrong in a trial is recorded and printed by our own callbacks.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner.fit()
@@ -170,50 +185,18 @@ def _run(
     if recorder.storage_error:
         raise InputError(
             f"the sweep's storage must take what is written; {recorder.storage_error}: make room, "
-            f"then `neurosweep resume {sweep.name}`; nothing recorded is lost"
+            f"then `neurosweep resume {sweep.reference}`; nothing recorded is lost"
         )
 
 
-def _build_tuner(
-    record: Record,
-    scheduler: ResumableASHA,
-    recorder: StudyRecorder,
-    unfinished: list[Trial],
-    num_trials: int,
-    manifest: Manifest,
-    pack: Pack,
-    weights: dict[str, WeightOrigin],
-    *,
-    ray_folder: Path,
-) -> tune.Tuner:
-    sweep = record.sweep
-    resources = _trial_resources(sweep)
-    concurrent = sweep.search.max_concurrent_trials or _max_concurrent(resources)
-    trainable = tune.with_parameters(
-        train_trial, sweep=sweep, manifest=manifest, pack=pack, weights=weights
-    )
-    return tune.Tuner(
-        tune.with_resources(trainable, resources),
-        tune_config=tune.TuneConfig(
-            search_alg=StudySearcher(record, unfinished),
-            scheduler=scheduler,
-            num_samples=num_trials,
-            # Without it Ray creates the trials of a custom searcher one after another.
-            max_concurrent_trials=min(concurrent, num_trials),
-            time_budget_s=sweep.search.time_budget_s,
-            # Importing torch and Lightning takes longer than a short trial.
-            reuse_actors=True,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name=sweep.name,
-            storage_path=str(ray_folder),
-            stop=StopOnStorageError(recorder),
-            callbacks=[recorder, Progress(record, scheduler, num_running=concurrent)],
-            verbose=0,
-        ),
-    )
+def _check_cores(sweep: Sweep, address: str | None) -> None:
+    """Refuse on this machine what a cluster is asked about later."""
+    cores = os.cpu_count() or 1
+    if address is None and sweep.resources.cpus_per_trial > cores:
+        raise InputError(
+            f"resources.cpus_per_trial must fit this machine; got "
+            f"{sweep.resources.cpus_per_trial}, and it has {cores}: ask for less"
+        )
 
 
 def _trial_name(trial: Any) -> str:
@@ -278,27 +261,15 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_new(sweep: Sweep) -> None:
-    if (sweep.folder / "sweep.yaml").exists():
-        raise InputError(
-            f"the sweep's name must be new; {sweep.folder} exists: `neurosweep resume {sweep.name}`"
-            " goes on with it, `--name` takes another"
-        )
-
-
-def _check_writable(sweep: Sweep) -> None:
-    try:
-        sweep.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=sweep.folder) as probe:
-            probe.write(b"\0" * 65536)
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise InputError(
-            f"storage must be a folder that can be written; {sweep.folder}: {error.strerror}: "
-            f"{'free space there, or ' if is_full else ''}give another with `--storage`"
-        ) from error
+def _tell_data(manifest: Manifest, pack: Pack, tell: Tell) -> None:
+    counts = ", ".join(f"{len(manifest.rows(split))} {split}" for split in SPLITS)
+    groups = manifest.frame["group_id"].nunique()
+    tell(f"images  {counts}; {len(manifest.classes)} classes, {groups} groups")
+    if groups == len(manifest.frame):
+        tell("        every image is a group of its own: if patients have several, name them")
+        tell("        (group_id in the manifest, or data.group_pattern), or the scores flatter")
+    if pack.skipped:
+        tell(f"        {len(pack.skipped)} unreadable images are left out")
 
 
 def _check_same_data(record: Record, manifest: Manifest, pack: Pack) -> None:

@@ -42,8 +42,8 @@ def device() -> str:
     return "cuda"
 
 
-@pytest.fixture
-def make_data(tmp_path: Path) -> MakeData:
+@pytest.fixture(scope="session")
+def make_data(tmp_path_factory: pytest.TempPathFactory) -> MakeData:
     """Builds a manifest and its pack out of arrays; no image file is written or decoded.
 
     Takes the number of images a class in each split. Class c is noise around a grey of its own.
@@ -73,14 +73,15 @@ def make_data(tmp_path: Path) -> MakeData:
         )
         grey = np.array([40 + 60 * label for _, label in rows]).reshape(-1, 1, 1)
         noise = rng.integers(-30, 31, (len(rows), image_size_px, image_size_px))
-        path = tmp_path / f"pack-{len(rows)}.npy"
+        root = tmp_path_factory.mktemp("data")
+        path = root / "pack.npy"
         np.save(path, np.clip(grey + noise, 0, 255).astype(np.uint8))
-        return Manifest(tmp_path, frame), Pack(path, "0" * 64, image_size_px, ())
+        return Manifest(root, frame), Pack(path, "0" * 64, image_size_px, ())
 
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_data(make_data: MakeData) -> tuple[Manifest, Pack]:
     """Three classes; 8 images to train on, 5 to validate, 3 locked."""
     return make_data()

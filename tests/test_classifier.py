@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,53 @@ from search.checkpoint import AtomicCheckpointIO
 
 Data = tuple[Manifest, Pack]
 MakeData = Callable[..., Data]
+MakeModule = Callable[..., ImageClassifier]
 State = dict[str, Tensor]
 
 # Lightning warns of what is meant here: frozen stages, few batches, no worker processes.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # Lightning's use of torch
+]
 
 SIDE_PX = 32
 
 
-def make_module(**changes: Any) -> ImageClassifier:
-    settings: dict[str, Any] = {
-        "backbone": "mobilenet_v2",
-        "num_classes": 3,
-        "image_size_px": SIDE_PX,
-        "unfreeze_depth": 1,
-        "lr": 1e-2,
-        "seed": 5,
-        "max_epochs": 4,
-    }
-    return ImageClassifier(**(settings | changes))
+@pytest.fixture(scope="session")
+def live_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of MobileNetV2 whose BatchNorm statistics are those of noise.
+
+    Without them, in eval mode, the features of all images are equal to nine digits.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_network("mobilenet_v2")
+        for child in network.modules():
+            if isinstance(child, nn.BatchNorm2d):
+                child.momentum = 1.0
+        with torch.no_grad():
+            network(torch.randn(32, 3, SIDE_PX, SIDE_PX))
+    path = tmp_path_factory.mktemp("weights") / "live.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_module(live_weights: Path) -> MakeModule:
+    def make(**changes: Any) -> ImageClassifier:
+        settings: dict[str, Any] = {
+            "backbone": "mobilenet_v2",
+            "num_classes": 3,
+            "image_size_px": SIDE_PX,
+            "unfreeze_depth": 1,
+            "lr": 1e-2,
+            "seed": 5,
+            "max_epochs": 4,
+            "weights_path": str(live_weights),
+        }
+        return ImageClassifier(**(settings | changes))
+
+    return make
 
 
 def fit(
@@ -108,14 +137,14 @@ class KeepMetrics(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "depth"),
-    [("mobilenet_v2", 0), ("mobilenet_v2", 1), ("mobilenet_v2", 3), ("mobilenet_v2", 5)]
-    + [("resnet50", 1)],
+    ("depth", "changes"),
+    [(0, {}), (2, {}), (5, {}), (1, {"backbone": "resnet50", "weights_path": None})],
 )
 def test_a_frozen_stage_is_bit_identical_after_fit_and_a_trained_one_is_not(
-    tiny_data: Data, backbone: str, depth: int
+    make_module: MakeModule, tiny_data: Data, depth: int, changes: dict[str, Any]
 ) -> None:
-    module = make_module(backbone=backbone, unfreeze_depth=depth, backbone_lr_factor=1.0)
+    # Without weight decay, only a gradient moves a weight.
+    module = make_module(unfreeze_depth=depth, weight_decay=0.0, **changes)
     before = copy_of(module)
     fit(module, tiny_data)
     moved = changed(before, copy_of(module))
@@ -137,7 +166,9 @@ def test_a_frozen_stage_is_bit_identical_after_fit_and_a_trained_one_is_not(
 
 
 @pytest.mark.gpu
-def test_a_frozen_stage_is_bit_identical_after_fit_on_a_gpu(tiny_data: Data, device: str) -> None:
+def test_a_frozen_stage_is_bit_identical_after_fit_on_a_gpu(
+    make_module: MakeModule, tiny_data: Data, device: str
+) -> None:
     module = make_module(unfreeze_depth=2)
     before = copy_of(module)
     fit(module, tiny_data, accelerator=device)
@@ -146,7 +177,7 @@ def test_a_frozen_stage_is_bit_identical_after_fit_on_a_gpu(tiny_data: Data, dev
 
 
 def test_a_frozen_backbone_is_in_eval_mode_during_fit_and_a_trained_one_is_not(
-    tiny_data: Data,
+    make_module: MakeModule, tiny_data: Data
 ) -> None:
     class KeepModes(pl.Callback):
         modes: tuple[list[bool], ...] = ()
@@ -168,11 +199,13 @@ def test_a_frozen_backbone_is_in_eval_mode_during_fit_and_a_trained_one_is_not(
 
 
 @pytest.mark.slow
-def test_eight_noise_images_are_learnt_by_heart(tiny_data: Data) -> None:
+def test_eight_noise_images_are_learnt_by_heart(
+    make_module: MakeModule, tiny_data: Data, tmp_path: Path
+) -> None:
     manifest, pack = tiny_data
     rows = manifest.rows("train")
     noise = np.random.default_rng(0).integers(0, 256, (len(manifest.frame), SIDE_PX, SIDE_PX))
-    path = pack.path.with_name("noise.npy")
+    path = tmp_path / "noise.npy"
     # Validated on what it was trained on: the same eight images in the rows of both splits.
     frame = manifest.frame.iloc[[*rows, *rows]].reset_index(drop=True)
     frame["split"] = ["train"] * 8 + ["val"] * 8
@@ -191,17 +224,21 @@ def test_eight_noise_images_are_learnt_by_heart(tiny_data: Data) -> None:
     fit(module, data, keep, max_epochs=40, batch_size=8)
     assert keep.epochs[0]["train_loss"] > 0.8
     assert keep.epochs[39]["train_loss"] < 0.02
-    assert keep.epochs[39]["val_loss"] < 0.05
+    assert keep.epochs[39]["val_loss"] < 0.3
     assert keep.epochs[39]["val_accuracy"] == 1
 
 
-def test_the_loss_is_the_written_out_one_with_class_weights_and_smoothing() -> None:
+def test_the_loss_is_the_written_out_one_with_class_weights_and_smoothing(
+    make_module: MakeModule,
+) -> None:
     weights, smoothing = [0.5, 2.0, 4.0], 0.1
     module = make_module(
         unfreeze_depth=0, dropout=0.0, class_weights=weights, label_smoothing=smoothing
     )
     module.head.weight.data *= 20  # logits that differ
-    images = torch.randint(0, 256, (5, 1, SIDE_PX, SIDE_PX), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    shape = (5, 1, SIDE_PX, SIDE_PX)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     labels, rows = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([3, 1, 4, 1, 5])
     with torch.no_grad():
         loss = module.training_step((images, labels, rows), 0)
@@ -219,7 +256,7 @@ def test_the_loss_is_the_written_out_one_with_class_weights_and_smoothing() -> N
         assert abs(float(plain.training_step((images, labels, rows), 0)) - expected) > 0.01
 
 
-def test_a_grey_image_is_normalised_as_imagenet_was() -> None:
+def test_a_grey_image_is_normalised_as_imagenet_was(make_module: MakeModule) -> None:
     module = make_module().eval()
     network = build_network("mobilenet_v2").eval()
     # The backbone's random weights under torchvision's names: both list stem first, head last.
@@ -240,7 +277,7 @@ def test_a_grey_image_is_normalised_as_imagenet_was() -> None:
 # What is logged
 
 
-def test_an_epoch_logs_these_metrics(tiny_data: Data) -> None:
+def test_an_epoch_logs_these_metrics(make_module: MakeModule, tiny_data: Data) -> None:
     keep = KeepMetrics()
     fit(make_module(), tiny_data, keep)
     assert keep.epochs[0].keys() == {
@@ -248,7 +285,9 @@ def test_an_epoch_logs_these_metrics(tiny_data: Data) -> None:
     }  # fmt: skip
 
 
-def test_train_loss_at_the_end_of_an_epoch_is_this_epochs(tiny_data: Data) -> None:
+def test_train_loss_at_the_end_of_an_epoch_is_this_epochs(
+    make_module: MakeModule, tiny_data: Data
+) -> None:
     class LossByHand(pl.Callback):
         """Each batch's loss before its step, from the backbone's features on."""
 
@@ -272,16 +311,14 @@ def test_train_loss_at_the_end_of_an_epoch_is_this_epochs(tiny_data: Data) -> No
     expected = [sum(by_hand.losses[epoch]) / 2 for epoch in range(3)]
     logged = [keep.epochs[epoch]["train_loss"] for epoch in range(3)]
     assert logged == pytest.approx(expected, rel=1e-5)
-    assert min(abs(a - b) for a, b in zip(expected, expected[1:], strict=False)) > 1e-3
+    assert min(abs(a - b) for a, b in pairwise(expected)) > 1e-3
 
 
-def test_validation_scores_are_scikit_learns(make_data: MakeData) -> None:
-    # More than one batch, unequal ones, and a class that is never right.
+def test_validation_scores_are_scikit_learns(make_module: MakeModule, make_data: MakeData) -> None:
+    # Two batches of unequal size; class weights, which validation leaves out.
     manifest, pack = make_data(train=(4, 3, 1), val=(40, 25, 5))
-    module, keep = (
-        make_module(lr=0.03, unfreeze_depth=0, class_weights=[1.0, 3.0, 9.0]),
-        KeepMetrics(),
-    )
+    module = make_module(lr=0.03, unfreeze_depth=0, class_weights=[1.0, 3.0, 9.0])
+    keep = KeepMetrics()
     fit(module, (manifest, pack), keep)
     module.eval()
     rows = manifest.rows("val")
@@ -301,12 +338,14 @@ def test_validation_scores_are_scikit_learns(make_data: MakeData) -> None:
 # Replaying and resuming
 
 
-def test_two_fits_with_one_seed_are_bit_equal_and_another_seed_differs(tiny_data: Data) -> None:
+def test_two_fits_with_one_seed_are_bit_equal_and_another_seed_differs(
+    make_module: MakeModule, tiny_data: Data
+) -> None:
     states, metrics = [], []
     for seed in (5, 5, 6):
         torch.manual_seed(len(states))  # what came before does not matter
         keep = KeepMetrics()
-        module = make_module(seed=seed, unfreeze_depth=2)
+        module = make_module(seed=seed)
         fit(module, tiny_data, keep, max_epochs=2, seed=seed)
         states.append(copy_of(module))
         metrics.append(keep.epochs)
@@ -316,9 +355,9 @@ def test_two_fits_with_one_seed_are_bit_equal_and_another_seed_differs(tiny_data
     assert metrics[0] != metrics[2]
 
 
-@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("depth", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_four_epochs_equal_two_and_two_resumed_bit_for_bit(
-    tiny_data: Data, tmp_path: Path, depth: int
+    make_module: MakeModule, tiny_data: Data, tmp_path: Path, depth: int
 ) -> None:
     path, whole, rest = tmp_path / "two.ckpt", KeepMetrics(), KeepMetrics()
     module = make_module(unfreeze_depth=depth, dropout=0.5)
@@ -332,7 +371,7 @@ def test_four_epochs_equal_two_and_two_resumed_bit_for_bit(
 
 
 def test_an_epochs_loss_depends_on_the_weights_and_the_epoch_alone(
-    tiny_data: Data, tmp_path: Path
+    make_module: MakeModule, tiny_data: Data, tmp_path: Path
 ) -> None:
     class Disturb(pl.Callback):
         """Draws numbers before every epoch that no other run draws."""
@@ -354,31 +393,24 @@ def test_an_epochs_loss_depends_on_the_weights_and_the_epoch_alone(
     assert run(Disturb(), resume=path) == {1: losses[1], 2: losses[2]}
 
 
-def test_dropout_is_a_function_of_seed_and_epoch() -> None:
-    def masks(seed: int, before: int) -> Tensor:
-        module = make_module(seed=seed, dropout=0.5)
-        torch.manual_seed(before)
-        module.on_train_epoch_start()
-        return module.dropout(torch.ones(4, 100))
-
-    assert torch.equal(masks(seed=1, before=0), masks(seed=1, before=1))
-    assert not torch.equal(masks(seed=1, before=0), masks(seed=2, before=0))
-
-
-def test_building_a_module_does_not_touch_the_global_generator() -> None:
+def test_building_a_module_does_not_touch_the_global_generator(make_module: MakeModule) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     make_module()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_trials_seed_draws_the_head_and_the_sweeps_the_backbone() -> None:
-    state = copy_of(make_module(seed=1, weights_seed=1))
-    assert changed(state, copy_of(make_module(seed=2, weights_seed=1))) == {
+def test_the_trials_seed_draws_the_head_and_the_sweeps_the_backbone(
+    make_module: MakeModule,
+) -> None:
+    state = copy_of(make_module(seed=1, weights_path=None, weights_seed=1))
+    assert changed(state, copy_of(make_module(seed=2, weights_path=None, weights_seed=1))) == {
         "head.weight",
         "head.bias",
     }
-    assert "head.weight" not in changed(state, copy_of(make_module(seed=1, weights_seed=2)))
+    assert "head.weight" not in changed(
+        state, copy_of(make_module(seed=1, weights_path=None, weights_seed=2))
+    )
 
 
 # The optimizer
@@ -400,7 +432,9 @@ def test_the_schedules_ends(step: int, warmup_steps: int, total_steps: int, fact
     assert got == pytest.approx(factor)
 
 
-def test_head_and_backbone_take_their_own_learning_rates_step_by_step(tiny_data: Data) -> None:
+def test_head_and_backbone_take_their_own_learning_rates_step_by_step(
+    make_module: MakeModule, tiny_data: Data
+) -> None:
     class KeepRates(pl.Callback):
         def __init__(self) -> None:
             self.rates: list[list[float]] = []
@@ -422,7 +456,7 @@ def test_head_and_backbone_take_their_own_learning_rates_step_by_step(tiny_data:
 
 @pytest.mark.parametrize("depth", [0, 2, 5])
 def test_every_trained_parameter_is_optimized_once_and_only_weights_decay(
-    tiny_data: Data, depth: int
+    make_module: MakeModule, tiny_data: Data, depth: int
 ) -> None:
     module = make_module(unfreeze_depth=depth, weight_decay=0.25)
     optimizer = fit(module, tiny_data).optimizers[0]
@@ -446,10 +480,18 @@ def test_every_trained_parameter_is_optimized_once_and_only_weights_decay(
 # Checkpoints
 
 
-def trained_checkpoint(folder: Path, data: Data, **changes: Any) -> tuple[ImageClassifier, Path]:
-    module, path = make_module(**changes), folder / "trained.ckpt"
+def train_and_save(module: ImageClassifier, path: Path, data: Data) -> ImageClassifier:
     fit(module, data, SaveAt(path, epoch=1))
-    return module.eval(), path
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def trained(
+    make_module: MakeModule, tiny_data: Data, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ImageClassifier, Path]:
+    """A module with one trained stage, and its checkpoint; not to be changed."""
+    path = tmp_path_factory.mktemp("trained") / "trained.ckpt"
+    return train_and_save(make_module(unfreeze_depth=1), path, tiny_data), path
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -460,8 +502,12 @@ def load(path: Path, **changes: Any) -> ImageClassifier:
     return ImageClassifier.load_from_checkpoint(path, weights_only=True, **changes).eval()
 
 
-def test_a_head_only_checkpoint_holds_the_head_alone(tiny_data: Data, tmp_path: Path) -> None:
-    _, path = trained_checkpoint(tmp_path, tiny_data, backbone="resnet50", unfreeze_depth=0)
+def test_a_head_only_checkpoint_holds_the_head_alone(
+    make_module: MakeModule, tiny_data: Data, tmp_path: Path
+) -> None:
+    path, images = tmp_path / "head.ckpt", torch.rand(2, 1, SIDE_PX, SIDE_PX)
+    module = make_module(backbone="resnet50", unfreeze_depth=0, weights_path=None)
+    train_and_save(module, path, tiny_data)
     state = read_checkpoint(path)["state_dict"]
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
         "head.weight": (3, 2048),
@@ -469,81 +515,92 @@ def test_a_head_only_checkpoint_holds_the_head_alone(tiny_data: Data, tmp_path: 
     }
     # The backbone has 94 MB; the head and AdamW's two moments, 74 kB.
     assert path.stat().st_size < 200_000
+    with torch.no_grad():
+        assert torch.equal(load(path)(images), module(images))
 
 
 def test_a_checkpoint_holds_the_trained_stages_and_their_statistics(
-    tiny_data: Data, tmp_path: Path
+    trained: tuple[ImageClassifier, Path],
 ) -> None:
-    module, path = trained_checkpoint(tmp_path, tiny_data, unfreeze_depth=2)
+    module, path = trained
     state = read_checkpoint(path)["state_dict"]
-    assert state.keys() == {
-        name for name in module.state_dict() if name.startswith(("backbone.stages.3.", "backbone.stages.4.", "head."))
-    }  # fmt: skip
-    assert any(name.endswith("running_var") for name in state)
-
-
-@pytest.mark.parametrize("depth", [0, 2, 5])
-@pytest.mark.parametrize("source", ["random", "file"])
-def test_a_loaded_checkpoint_gives_equal_logits_and_needs_nothing_else(
-    tiny_data: Data, tmp_path: Path, depth: int, source: str
-) -> None:
-    weights: dict[str, Any] = {"weights_seed": 8}
-    if source == "file":
-        torch.manual_seed(11)
-        torch.save(build_network("mobilenet_v2").state_dict(), tmp_path / "w.pth")
-        weights = {"weights_path": str(tmp_path / "w.pth")}
-    module, path = trained_checkpoint(tmp_path, tiny_data, unfreeze_depth=depth, **weights)
-    images = torch.rand(4, 1, SIDE_PX, SIDE_PX)
-    with torch.no_grad():
-        assert torch.equal(load(path)(images), module(images))
-    assert load(path).hparams == module.hparams
+    kept = ("backbone.stages.4.", "head.")
+    assert state.keys() == {name for name in module.state_dict() if name.startswith(kept)}
+    assert "backbone.stages.4.0.conv.0.1.running_var" in state
 
 
 @pytest.mark.parametrize(
-    ("depth", "message"),
+    ("depth", "changes"),
     [
-        (0, "628 foreign keys"),
-        (2, "0 foreign keys"),
+        (0, {"weights_path": None, "weights_seed": 8}),
+        (1, {}),
+        (5, {"augmentation": {"noise": 0.5}, "class_weights": [1.0, 2.0, 3.0]}),
+    ],
+)
+def test_a_loaded_checkpoint_gives_equal_logits_and_needs_nothing_else(
+    make_module: MakeModule, tiny_data: Data, tmp_path: Path, depth: int, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "trained.ckpt"
+    module = train_and_save(make_module(unfreeze_depth=depth, **changes), path, tiny_data)
+    loaded, images = load(path), torch.rand(4, 1, SIDE_PX, SIDE_PX)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), module(images))
+    assert loaded.hparams == module.hparams
+    assert changed(copy_of(module), copy_of(loaded)) == set()
+
+
+def test_where_nothing_is_frozen_the_initial_weights_do_not_matter(
+    make_module: MakeModule, tiny_data: Data, tmp_path: Path
+) -> None:
+    path, images = tmp_path / "trained.ckpt", torch.rand(2, 1, SIDE_PX, SIDE_PX)
+    module = train_and_save(make_module(unfreeze_depth=5), path, tiny_data)
+    with torch.no_grad():
+        assert torch.equal(load(path, weights_path=None)(images), module(images))
+
+
+@pytest.mark.parametrize(
+    ("depth", "found"),
+    [
+        # 13 convolutions and as many BatchNorms in the last stage: 13 + 13 * 5 tensors; in the one
+        # before, 7 blocks of 3.
+        (0, "78 foreign keys ['backbone.stages.4.0.conv.0.0.weight'], 0 missing []"),
+        (2, "0 foreign keys [], 126 missing ['backbone.stages.3.0.conv.0.0.weight']"),
     ],
 )
 def test_a_checkpoint_of_another_depth_is_refused(
-    tiny_data: Data, tmp_path: Path, depth: int, message: str
+    trained: tuple[ImageClassifier, Path], depth: int, found: str
 ) -> None:
-    _, path = trained_checkpoint(tmp_path, tiny_data, unfreeze_depth=1)
     with pytest.raises(InputError) as error:
-        load(path, unfreeze_depth=depth)
-    assert str(error.value) == message
+        load(trained[1], unfreeze_depth=depth)
+    assert str(error.value) == (
+        f"checkpoint must hold this trial's trained tensors: {found}; use the trial's own file"
+    )
 
 
 def test_a_checkpoint_trained_on_other_frozen_weights_is_refused(
-    tiny_data: Data, tmp_path: Path
+    make_module: MakeModule, trained: tuple[ImageClassifier, Path], tiny_data: Data
 ) -> None:
-    module, path = trained_checkpoint(tmp_path, tiny_data, weights_seed=1)
-    with pytest.raises(InputError) as error:
-        load(path, weights_seed=2)
-    here = make_module(weights_seed=2).frozen_digest
-    assert here != module.frozen_digest
-    assert str(error.value) == (
+    module, path = trained
+    other = make_module(weights_path=None)
+    assert other.frozen_digest != module.frozen_digest
+    message = (
         "checkpoint was trained on other initial weights: digest "
-        f"{module.frozen_digest[:12]}, here {here[:12]}; give the weights that the sweep started "
-        "from"
+        f"{module.frozen_digest[:12]}, here {other.frozen_digest[:12]}; give the weights that the "
+        "sweep started from"
     )
-    with pytest.raises(InputError):
-        fit(make_module(weights_seed=2), tiny_data, max_epochs=2, resume=path)
+    with pytest.raises(InputError) as error:
+        load(path, weights_path=None)
+    assert str(error.value) == message
+    with pytest.raises(InputError) as error:
+        fit(other, tiny_data, max_epochs=2, resume=path)
+    assert str(error.value) == message
 
 
-def test_a_checkpoint_without_a_digest_is_refused(tiny_data: Data, tmp_path: Path) -> None:
-    _, path = trained_checkpoint(tmp_path, tiny_data)
-    checkpoint = read_checkpoint(path)
+def test_a_checkpoint_without_a_digest_is_refused(
+    trained: tuple[ImageClassifier, Path], tmp_path: Path
+) -> None:
+    checkpoint = read_checkpoint(trained[1])
     del checkpoint["frozen_digest"]
-    torch.save(checkpoint, path)
-    with pytest.raises(InputError, match="digest None, here"):
-        load(path)
-
-
-def test_a_trial_without_frozen_stages_loads_too(tiny_data: Data, tmp_path: Path) -> None:
-    module, path = trained_checkpoint(tmp_path, tiny_data, unfreeze_depth=5, weights_seed=1)
-    # Everything is in the checkpoint: what it started from does not matter.
-    images = torch.rand(2, 1, SIDE_PX, SIDE_PX)
-    with torch.no_grad():
-        assert torch.equal(load(path, weights_seed=2)(images), module(images))
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(InputError, match=r"on other initial weights: digest None, here "):
+        load(tmp_path / "changed.ckpt")

@@ -1,5 +1,6 @@
 """Every mistake of the user ends in one line on stderr and exit code 2, before Ray starts."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 from PIL import Image
 
 from lightning_modules.errors import InputError
@@ -141,6 +143,8 @@ def test_debug_shows_the_traceback() -> None:
         ("search.num_trails=16", "unknown key 'num_trails' in search; did you mean num_trials?"),
         ("search.num_trials=many", "search.num_trials must be a whole number; got 'many'"),
         ("search=16", "search must be a mapping of settings; got 16"),
+        # lr's range is three points of a grid.
+        ("search.sampler=grid", "at most 4 with the grid sampler, the baseline and 3 points; got"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(
@@ -189,6 +193,44 @@ def test_a_depth_beyond_the_stages_is_refused(
 ) -> None:
     line = refused(capsys, "launch", sweep_file(SWEEP + f"  unfreeze_depth: {depth}\n"))
     assert re.search(r"space\.unfreeze_depth\S* must be in \[0, 5\]; got (6|-1)$", line)
+
+
+def test_a_sampler_that_has_nothing_to_search_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = sweep_file(SWEEP.split("space:")[0] + "space: {unfreeze_depth: [2, 3]}\n")
+    line = refused(capsys, "launch", path, "--set", "search.sampler=cma_es")
+    assert "search.sampler cma_es must have a range to search; space has only choices" in line
+
+
+def leaves(settings: object, dotted: str = "") -> Iterator[str]:
+    """Dotted names of every setting below a dataclass."""
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        name = dotted + field.name
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name
+
+
+def test_the_reference_names_every_setting_with_its_default() -> None:
+    readme = Path(__file__).parents[1] / "experiments/README.md"
+    blocks = re.findall(r"```yaml\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    reference = next(block for block in blocks if "grace_period_epochs" in block)
+    written = load_sweep(sweep_file(reference))
+    minimal = load_sweep(sweep_file("name: my_sweep\ndata: {path: my_images}\n"))
+    assert written == minimal
+    document = yaml.safe_load(reference)
+    for name in leaves(minimal):
+        below = document
+        for part in name.split("."):
+            assert part in below, name
+            below = below[part]
+    phantom = next(block for block in blocks if "slices_per_patient" in block)
+    simulated = load_sweep(sweep_file("name: simulated\n" + phantom)).data.phantom
+    assert simulated == load_sweep(sweep_file("name: s\ndata: {phantom: {}}\n")).data.phantom
+    assert set(leaves(simulated)) == set(yaml.safe_load(phantom)["data"]["phantom"])
 
 
 # Images

@@ -1,7 +1,5 @@
 """A sweep that is killed and resumed ends as one that was left alone."""
 
-import json
-import os
 import signal
 import sqlite3
 import subprocess

@@ -62,9 +62,7 @@ class PhantomSettings:
         least = {"num_patients": 5, "slices_per_patient": 1, "image_size_px": 32, "seed": 0}
         for name, value in asdict(self).items():
             if value < least[name]:
-                raise InputError(
-                    f"phantom {name} must be at least {least[name]}, found {value}; raise it"
-                )
+                raise InputError(f"{name} must be at least {least[name]}, got {value}: raise it")
 
 
 @dataclass(frozen=True)

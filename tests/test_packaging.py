@@ -1,0 +1,215 @@
+"""What is installed is what is in the tree, and the tree keeps to its own rules."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lightning_modules
+import search
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_OURS = {"build", "dist"}  # where a wheel is built
+
+
+@cache
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+SHIPPED = python_files("search", "lightning_modules")
+ALL = [*SHIPPED, *python_files("experiments", "cluster", "tests")]
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports_of(path: Path) -> set[str]:
+    """The top-level names of every import in a file, wherever it stands."""
+    names = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+def calls_of(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in a file, under the name it is called by."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def keywords_of(call: ast.Call) -> dict[str | None, str]:
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+
+
+def tracked_files() -> list[Path]:
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    try:
+        listed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    # A file that is deleted and not yet committed is listed too.
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_shipped_packages_are_the_packages_in_the_tree() -> None:
+    in_tree = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in ROOT.rglob("__init__.py")
+        if not any(
+            part.startswith(".") or part in NOT_OURS for part in path.relative_to(ROOT).parts
+        )
+    }
+    assert sorted(pyproject()["tool"]["setuptools"]["packages"]) == sorted(in_tree)
+    # No module lies in a folder of theirs that is not a package.
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SHIPPED}
+    assert folders == in_tree
+
+
+@pytest.mark.parametrize("package", [search, lightning_modules], ids=lambda p: p.__name__)
+def test_imported_packages_are_this_repositorys(package: Any) -> None:
+    assert [Path(folder) for folder in package.__path__] == [ROOT / package.__name__]
+
+
+def test_the_distribution_cannot_be_uploaded() -> None:
+    # `search` and `lightning_modules` are names that others may have.
+    assert "Private :: Do Not Upload" in pyproject()["project"]["classifiers"]
+
+
+def test_the_command_exists() -> None:
+    module, function = pyproject()["project"]["scripts"]["neurosweep"].split(":")
+    tree = tree_of(ROOT / f"{module.replace('.', '/')}.py")
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("path", python_files("lightning_modules"), ids=lambda path: path.stem)
+def test_what_is_trained_has_never_heard_of_the_search(path: Path) -> None:
+    assert not imports_of(path) & {"ray", "optuna", "search"}
+
+
+def test_nobody_imports_the_other_lightning() -> None:
+    # Its Callback is another class than pytorch_lightning's.
+    assert [path for path in ALL if "lightning" in imports_of(path)] == []
+
+
+def test_nothing_shipped_imports_what_is_not() -> None:
+    beside = {"tests", "experiments", "cluster", "conftest"}
+    assert [path for path in SHIPPED if imports_of(path) & beside] == []
+
+
+def test_no_module_is_called_utils() -> None:
+    parts = [part for path in SHIPPED for part in path.relative_to(ROOT).with_suffix("").parts]
+    assert not {"utils", "util", "helpers", "common", "misc"} & set(parts)
+
+
+def test_nothing_is_unpickled() -> None:
+    picklers = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}
+    for path in SHIPPED:
+        assert not imports_of(path) & picklers, path
+        for name, call in calls_of(path):
+            # pandas' read_pickle, numpy's allow_pickle.
+            assert "pickle" not in name, f"{path}:{call.lineno}"
+            assert keywords_of(call).get("allow_pickle", "False") == "False", path
+
+
+def test_torch_loads_tensors_only() -> None:
+    loads = [
+        (path, call)
+        for path in SHIPPED
+        for name, call in calls_of(path)
+        if name in ("torch.load", "load_from_checkpoint") or name.endswith(".load_from_checkpoint")
+    ]
+    assert loads, "the search below looks at something"
+    for path, call in loads:
+        assert keywords_of(call).get("weights_only") == "True", f"{path}:{call.lineno}"
+    # Under no other name.
+    for path in SHIPPED:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom) and node.module == "torch":
+                assert "load" not in {alias.name for alias in node.names}, path
+
+
+def test_yaml_is_read_with_our_strict_loader_only() -> None:
+    readers = []
+    for path in SHIPPED:
+        for name, call in calls_of(path):
+            if name.startswith("yaml.") and "load" in name:
+                readers.append((path.name, name, keywords_of(call).get("Loader")))
+    assert set(readers) == {("config.py", "yaml.load", "_StrictLoader")}
+
+
+def test_no_text_is_run_as_code() -> None:
+    for path in SHIPPED:
+        for name, call in calls_of(path):
+            assert name not in ("eval", "exec", "compile", "__import__"), f"{path}:{call.lineno}"
+            assert name not in ("os.system", "os.popen"), f"{path}:{call.lineno}"
+            assert keywords_of(call).get("shell", "False") == "False", f"{path}:{call.lineno}"
+
+
+def test_every_upper_bound_says_why() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text[
+        text.index("\ndependencies = [") : text.index("\n]\n", text.index("\ndependencies"))
+    ]
+    lines = [line.strip() for line in block.splitlines()[2:]]
+    assert len(lines) == len(pyproject()["project"]["dependencies"])
+    assert [line for line in lines if "<" in line and "#" not in line] == []
+
+
+def test_no_lock_file_is_tracked() -> None:
+    locks = ("*.lock", "*lock.json", "*lock.yaml", "*lock.yml", "requirements*.txt")
+    assert [path for path in tracked_files() if any(path.match(lock) for lock in locks)] == []
+
+
+# Written in pieces, so that this file does not hold what it looks for.
+MACHINE_PATH = re.compile(r"(?<![\w.$}~-])/(?:home|Users|root|work|mnt|scratch)" + r"/\w")
+INDEX_HOSTS = (
+    "pypi." + "org", "pythonhosted." + "org", "download.pytorch.org/" + "whl", "conda." + "anaconda",
+    "--index-" + "url", "--extra-index-" + "url", "--find-" + "links",
+)  # fmt: skip
+
+
+def test_tracked_text_names_no_machines_paths_and_no_package_index() -> None:
+    found, read = [], 0
+    for path in tracked_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # not text
+        read += 1
+        for number, line in enumerate(lines, start=1):
+            if MACHINE_PATH.search(line) or any(host in line for host in INDEX_HOSTS):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert read > 20
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("line", "is_one"),
+    [
+        ("see /home" + "/ann/data", True),
+        ('path = "/work' + '/x"', True),
+        ("https://host/home" + "/page", False),
+        ("~/work" + "/x", False),
+        ("/homework", False),
+    ],
+)
+def test_a_machines_path_is_recognised(line: str, is_one: bool) -> None:
+    assert bool(MACHINE_PATH.search(line)) is is_one
