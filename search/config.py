@@ -140,7 +140,7 @@ def _build(cls: type[Any], given: Any, dotted: str) -> Any:
     try:
         return cls(**values)
     except InputError as error:
-        message = str(error).removeprefix(f"{dotted.rpartition('.')[2]} ")
+        message = str(error)
         # A class that knows its own place in the file has said so already.
         prefix = "" if not dotted or message.startswith(dotted) else f"{dotted}."
         raise InputError(f"{prefix}{message}") from error

@@ -6,6 +6,7 @@ that an unkilled one draws.
 """
 
 import hashlib
+import json
 import logging
 import math
 import random
@@ -44,7 +45,7 @@ def derive_seed(*parts: int | str) -> int:
     Returns:
         32 bits that are the same in every process, unlike Python's own `hash`.
     """
-    digest = hashlib.sha256(repr(parts).encode()).digest()
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
 

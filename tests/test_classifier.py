@@ -49,6 +49,9 @@ def live_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 child.momentum = 1.0
         with torch.no_grad():
             network(torch.randn(32, 3, SIDE_PX, SIDE_PX))
+        for child in network.modules():
+            if isinstance(child, nn.BatchNorm2d):
+                child.num_batches_tracked.zero_()
     path = tmp_path_factory.mktemp("weights") / "live.pth"
     torch.save(network.state_dict(), path)
     return path
@@ -138,7 +141,12 @@ class KeepMetrics(pl.Callback):
 
 @pytest.mark.parametrize(
     ("depth", "changes"),
-    [(0, {}), (2, {}), (5, {}), (1, {"backbone": "resnet50", "weights_path": None})],
+    [
+        (0, {}),
+        (2, {}),
+        (5, {}),
+        pytest.param(1, {"backbone": "resnet50", "weights_path": None}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_frozen_stage_is_bit_identical_after_fit_and_a_trained_one_is_not(
     make_module: MakeModule, tiny_data: Data, depth: int, changes: dict[str, Any]
@@ -346,7 +354,7 @@ def test_two_fits_with_one_seed_are_bit_equal_and_another_seed_differs(
         torch.manual_seed(len(states))  # what came before does not matter
         keep = KeepMetrics()
         module = make_module(seed=seed)
-        fit(module, tiny_data, keep, max_epochs=2, seed=seed)
+        fit(module, tiny_data, keep, seed=seed)
         states.append(copy_of(module))
         metrics.append(keep.epochs)
     assert changed(states[0], states[1]) == set()
@@ -383,14 +391,14 @@ def test_an_epochs_loss_depends_on_the_weights_and_the_epoch_alone(
     def run(*callbacks: pl.Callback, resume: Path | None = None) -> dict[int, float]:
         keep = KeepMetrics()
         module = make_module(unfreeze_depth=0, lr=0.0, dropout=0.5)
-        fit(module, tiny_data, keep, *callbacks, max_epochs=3, resume=resume)
+        fit(module, tiny_data, keep, *callbacks, max_epochs=2, resume=resume)
         return {epoch: metrics["train_loss"] for epoch, metrics in keep.epochs.items()}
 
     path = tmp_path / "one.ckpt"
     losses = run(SaveAt(path, epoch=1))
-    assert len(set(losses.values())) == 3
+    assert losses[0] != losses[1]
     assert run(Disturb()) == losses
-    assert run(Disturb(), resume=path) == {1: losses[1], 2: losses[2]}
+    assert run(Disturb(), resume=path) == {1: losses[1]}
 
 
 def test_building_a_module_does_not_touch_the_global_generator(make_module: MakeModule) -> None:
@@ -547,15 +555,9 @@ def test_a_loaded_checkpoint_gives_equal_logits_and_needs_nothing_else(
         assert torch.equal(loaded(images), module(images))
     assert loaded.hparams == module.hparams
     assert changed(copy_of(module), copy_of(loaded)) == set()
-
-
-def test_where_nothing_is_frozen_the_initial_weights_do_not_matter(
-    make_module: MakeModule, tiny_data: Data, tmp_path: Path
-) -> None:
-    path, images = tmp_path / "trained.ckpt", torch.rand(2, 1, SIDE_PX, SIDE_PX)
-    module = train_and_save(make_module(unfreeze_depth=5), path, tiny_data)
-    with torch.no_grad():
-        assert torch.equal(load(path, weights_path=None)(images), module(images))
+    if depth == 5:  # nothing is frozen: what it started from does not matter
+        loaded = load(path, weights_path=None)
+        assert changed(copy_of(module), copy_of(loaded)) == set()
 
 
 @pytest.mark.parametrize(

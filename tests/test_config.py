@@ -155,7 +155,7 @@ BAD_SETTINGS = {
     "data: {}": "data must have either path or phantom; got neither",
     "data: {path: a, phantom: {}}": "data must have either path or phantom; got both",
     "data: {phantom: {num_patients: 1}}": (
-        "data.phantom.num_patients must be at least 5, found 1; raise it"
+        "data.phantom.num_patients must be at least 5, got 1: raise it"
     ),
     "data: {phantom: {}, skip_bad_images: 1}": "data.skip_bad_images must be true or false; got 1",
     "data: {phantom: {}, image_size_px: 16}": "data.image_size_px must be in [32, 1024]; got 16",
