@@ -74,6 +74,10 @@ class ReportEpoch(pl.Callback):
                 self.best_value = self.sign * resume["best_metrics"][metric]
         self.epoch_start_s = 0.0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the first epoch's clock; Lightning starts no epoch when it goes on from a file."""
+        self.epoch_start_s = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the epoch's clock."""
         self.epoch_start_s = time.perf_counter()

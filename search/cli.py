@@ -313,7 +313,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise InputError(f"--set must be KEY=VALUE, such as search.num_trials=16; got {text!r}")
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"--set {key} must be a YAML value; got {value!r}") from error
 
 
