@@ -42,12 +42,14 @@ class WeightOrigin:
         path: The local file that holds them; none for ``random``.
         digest: SHA-256 over the backbone's tensors (names, shapes, values), head left out.
         seed: What ``random`` weights were drawn from.
+        passed_over: Why earlier attempts of a list could not be used.
     """
 
     origin: str
     path: str | None
     digest: str
     seed: int
+    passed_over: tuple[str, ...] = ()
 
 
 def find_weights(
@@ -67,7 +69,7 @@ def find_weights(
         InputError: If none can be had. One line names each attempt and says how to supply a file.
     """
     attempts = [spec] if isinstance(spec, str) else list(spec)
-    failures = []
+    failures: list[str] = []
     for attempt in attempts:
         try:
             path = _local_file(attempt, backbone, base or Path())
@@ -76,6 +78,7 @@ def find_weights(
                 path=None if path is None else str(path),
                 digest=digest_of(load_weights(backbone, path, seed=seed)),
                 seed=seed,
+                passed_over=tuple(failures),
             )
         except InputError as error:
             failures.append(str(error))

@@ -73,6 +73,7 @@ class ReportEpoch(pl.Callback):
                 self.best = CheckpointFile(**resume["best"])
                 self.best_value = self.sign * resume["best_metrics"][metric]
         self.epoch_start_s = 0.0
+        self.superfluous: list[CheckpointFile] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the first epoch's clock; Lightning starts no epoch when it goes on from a file."""
@@ -91,14 +92,13 @@ class ReportEpoch(pl.Callback):
         epoch = trainer.current_epoch + 1
         metrics = epoch_metrics(trainer, pl_module)
         metrics["epoch_s"] = time.perf_counter() - self.epoch_start_s
-        superfluous = []
+        superseded = [self.last]
         value = self.sign * metrics[self.metric]
         diverged = not all(math.isfinite(metrics[name]) for name in ("train_loss", "val_loss"))
         if value > self.best_value and not diverged:
-            superfluous.append(self.best)
+            superseded.append(self.best)
             self.best = self._save(trainer, f"best-e{epoch:05d}", epoch, weights_only=True)
             self.best_value = value
-        superfluous.append(self.last)
         self.last = None
         if epoch < (trainer.max_epochs or 0) and not diverged:
             self.last = self._save(trainer, f"last-e{epoch:05d}", epoch, weights_only=False)
@@ -113,9 +113,10 @@ class ReportEpoch(pl.Callback):
                 "ran_on": f"{socket.gethostname()} {pl_module.device} {trainer.precision}",
             }
         )
-        for file in superfluous:
-            if file is not None:
-                self.checkpoint_io.remove_checkpoint(self.folder / file.path)
+        # One epoch more is kept: should the newest file turn out torn, there is the one before.
+        for file in self.superfluous:
+            self.checkpoint_io.remove_checkpoint(self.folder / file.path)
+        self.superfluous = [file for file in superseded if file is not None]
 
     def _save(
         self, trainer: pl.Trainer, stem: str, epoch: int, *, weights_only: bool
@@ -202,7 +203,7 @@ class TensorBoardCurves(pl.Callback):
             self.writer.add_scalar(f"best/{name}", self.best[name], step)
         self.writer.flush()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def close(self) -> None:
         """Close the run, however the trial ended."""
         self.file.add_summary(self.end)
         self.writer.close()

@@ -118,6 +118,12 @@ def _build_sweep(document: dict[str, Any], base: Path) -> Sweep:
     if sweep.data.path is not None:
         data_path = (base / Path(sweep.data.path).expanduser()).resolve()
         changes["data"] = dataclasses.replace(sweep.data, path=str(data_path))
+    if sweep.scheduler is not None and "grace_period_epochs" not in (
+        document.get("scheduler") or {}
+    ):
+        # The default must not refuse a short training.
+        grace = min(sweep.scheduler.grace_period_epochs, max(1, sweep.training.max_epochs))
+        changes["scheduler"] = dataclasses.replace(sweep.scheduler, grace_period_epochs=grace)
     if "space" in document:
         changes["space"] = _build_space(document["space"])
     return dataclasses.replace(sweep, **changes)

@@ -3,13 +3,15 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning_modules.data.manifest import Manifest, read_manifest
 from lightning_modules.data.pack import Pack, build_pack, default_cache_dir
 from lightning_modules.data.phantom import write_phantoms
 from lightning_modules.data.splits import assign_splits
+from lightning_modules.errors import InputError
 from search.sweep import Sweep
 
 
@@ -46,6 +48,26 @@ def prepare_data(
         seed=sweep.seed,
     )
     return manifest, pack
+
+
+def check_same_data(facts: Mapping[str, Any], manifest: Manifest, pack: Pack) -> None:
+    """Refuse images that are not the ones a sweep was launched on.
+
+    Args:
+        facts: The record's.
+        manifest: As it is now.
+        pack: As it is now.
+
+    Raises:
+        InputError: If either differs.
+    """
+    for name, now in (("manifest_digest", manifest.digest), ("pack_digest", pack.digest)):
+        then = facts[name]
+        if then != now:
+            raise InputError(
+                f"a sweep goes on with the images it was launched on; {name} was {then[:12]} and "
+                f"is {now[:12]}: restore them, or launch a new sweep"
+            )
 
 
 def _phantom_folder(sweep: Sweep) -> Path:

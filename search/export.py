@@ -27,7 +27,7 @@ from lightning_modules.weights import (
 )
 from search.checkpoint import AtomicCheckpointIO
 from search.checkpoint_files import is_whole
-from search.data import prepare_data
+from search.data import check_same_data, prepare_data
 from search.record import Epoch, Record, Trial
 from search.results import best_trial
 from search.trial import build_module
@@ -92,6 +92,7 @@ def export_trial(record: Record, out: Path, *, trial_number: int | None) -> Pari
     trial = best_trial(record) if trial_number is None else _trial(record, trial_number)
     best = trial.best_epoch(sweep.metric, sweep.mode)
     manifest, pack = prepare_data(sweep)
+    check_same_data(record.facts, manifest, pack)
     module = load_trial(record, trial, manifest)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:

@@ -34,10 +34,11 @@ def new_folder(sweep: Sweep) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (sweep.folder / "sweep.yaml").exists():
-            for name in (".lock", "study.db", "manifest.csv"):
-                (sweep.folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
+        # Not while another process launches a sweep there.
+        with contextlib.suppress(InputError, OSError), lock(sweep):
+            if not (sweep.folder / "sweep.yaml").exists():
+                for name in (".lock", "study.db", "manifest.csv"):
+                    (sweep.folder / name).unlink(missing_ok=True)
                 sweep.folder.rmdir()
 
 

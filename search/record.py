@@ -9,13 +9,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 import optuna
 import sqlalchemy.exc
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
@@ -26,11 +27,13 @@ from search.sweep import Sweep, TrialParams
 # Its news of every study and trial would break into our own lines.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+# What a study raises when its storage is full, locked, or gone.
+STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+
 State = Literal["running", "complete", "pruned", "failed"]
 
 STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
-    TrialState.WAITING: "running",
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
@@ -127,11 +130,10 @@ class Record:
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._distributions = to_distributions(sweep.space)
-        self._running: dict[int, optuna.trial.Trial] = {}
 
     @classmethod
     def create(cls, sweep: Sweep, facts: Mapping[str, Any]) -> "Record":
-        """Create the study, with the baseline waiting to be its first trial.
+        """Create the study.
 
         Args:
             sweep: Names it.
@@ -146,14 +148,12 @@ class Record:
             study = optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)
             for name, value in facts.items():
                 study.set_user_attr(name, value)
-            baseline = dataclasses.asdict(sweep.params)
-            study.enqueue_trial({name: baseline[name] for name in sweep.space})
         except optuna.exceptions.DuplicatedStudyError as error:
             raise InputError(
-                f"the sweep's name must be new; {sweep.name} exists in the study storage: "
-                f"`neurosweep resume {sweep.reference}` goes on with it, `--name` takes another"
+                f"the sweep's name must be new; the study storage holds a {sweep.name} already, of "
+                "another folder or of a launch that was killed: take another with `--name`"
             ) from error
-        except _STORAGE_ERRORS as error:
+        except STORAGE_ERRORS as error:
             raise _unreachable(sweep, error) from error
         return cls(sweep, study, storage)
 
@@ -177,7 +177,7 @@ class Record:
             raise InputError(
                 f"the study storage must hold {sweep.name}; it does not: check --storage"
             ) from error
-        except _STORAGE_ERRORS as error:
+        except STORAGE_ERRORS as error:
             raise _unreachable(sweep, error) from error
 
     @property
@@ -186,12 +186,33 @@ class Record:
         return self._study.user_attrs
 
     def draw(self) -> Trial:
-        """Draw the next trial's params and record it as running.
+        """Draw the next trial's params and record it as running, all in one commit.
 
-        The sampler's generator is a function of (sweep seed, trial number) alone.
+        The first is the baseline. The sampler's generator is a function of (sweep seed, trial
+        number) alone.
         """
-        number = len(self._study.get_trials(deepcopy=False, states=_STARTED))
-        self._study.sampler = build_sampler(
+        number = len(self._study.get_trials(deepcopy=False))
+        if number == 0:
+            baseline = dataclasses.asdict(self.sweep.params)
+            drawn = {name: baseline[name] for name in self.sweep.space}
+        else:
+            drawn = self._sample(number)
+        params = dataclasses.asdict(dataclasses.replace(self.sweep.params, **drawn))
+        created = create_trial(
+            state=TrialState.RUNNING,
+            params=drawn,
+            distributions=self._distributions,
+            user_attrs={"params": params, "seed": derive_seed("trial", self.sweep.seed, number)},
+            # Optuna's mark of a trial that no sampler has drawn.
+            system_attrs={"fixed_params": drawn} if number == 0 else {},
+        )
+        created.datetime_start = datetime.now()
+        self._storage.create_new_trial(self._study_id, template_trial=created)
+        return self.trial(number)
+
+    def _sample(self, number: int) -> dict[str, Any]:
+        """Ask the sampler without creating a trial: `study.ask` commits param by param."""
+        sampler = build_sampler(
             self.sweep.search.sampler,
             space=self.sweep.space,
             seed=self.sweep.seed,
@@ -199,62 +220,62 @@ class Record:
             mode=self.sweep.mode,
             rung_epochs=self.sweep.rung_epochs,
         )
-        asked = self._study.ask(self._distributions)
-        params = dataclasses.replace(self.sweep.params, **asked.params)
-        asked.set_user_attr("params", dataclasses.asdict(params))
-        asked.set_user_attr("seed", derive_seed("trial", self.sweep.seed, asked.number))
-        self._running[asked.number] = asked
-        return self.trial(asked.number)
+        stand_in = create_trial(state=TrialState.RUNNING)
+        stand_in.number = number
+        drawn = dict(sampler.sample_relative(self._study, stand_in, self._distributions))
+        for name, distribution in self._distributions.items():
+            if name not in drawn:
+                drawn[name] = sampler.sample_independent(self._study, stand_in, name, distribution)
+        return drawn
 
     def restart(self, number: int) -> Trial:
         """Record that an unfinished trial is started once more."""
-        handle = self._handle(number)
-        handle.set_user_attr("attempt", handle.user_attrs.get("attempt", 0) + 1)
+        attempt = self.trial(number).attempt + 1
+        self._storage.set_trial_user_attr(self._trial_id(number), "attempt", attempt)
         return self.trial(number)
 
     def add_epoch(self, number: int, epoch: Epoch) -> None:
         """Commit what an epoch reported; recording the same epoch again changes nothing else."""
-        handle = self._handle(number)
-        value = epoch.metrics.get(self.sweep.metric)
+        trial_id = self._trial_id(number)
         # The attribute first: it is the truth, the intermediate value is Optuna's view of it.
-        handle.set_user_attr(f"epoch_{epoch.epoch:05d}", json.dumps(dataclasses.asdict(epoch)))
+        self._storage.set_trial_user_attr(
+            trial_id, f"epoch_{epoch.epoch:05d}", json.dumps(dataclasses.asdict(epoch))
+        )
+        self._report(trial_id, epoch)
+
+    def repair(self, number: int) -> None:
+        """Complete Optuna's view of a trial whose driver died between the two commits."""
+        trial_id = self._trial_id(number)
+        known = self._storage.get_trial(trial_id).intermediate_values
+        for epoch in self.trial(number).epochs:
+            if epoch.epoch not in known:
+                self._report(trial_id, epoch)
+
+    def _report(self, trial_id: int, epoch: Epoch) -> None:
+        value = epoch.metrics.get(self.sweep.metric)
         if value is not None:
-            handle.report(value, epoch.epoch)
+            self._storage.set_trial_intermediate_value(trial_id, epoch.epoch, value)
 
     def finish(self, number: int, state: State, reason: str) -> None:
         """Tell Optuna how a trial ended; a complete one by its best epoch's value."""
-        handle = self._handle(number)
-        handle.set_user_attr("reason", reason)
+        self._storage.set_trial_user_attr(self._trial_id(number), "reason", reason)
         value = None
         if state == "complete":
             best = self.trial(number).best_epoch(self.sweep.metric, self.sweep.mode)
             value = None if best is None else best.metrics[self.sweep.metric]
-        told = next(key for key, name in STATES.items() if name == state and key in _FINISHED)
+        told = next(key for key, name in STATES.items() if name == state)
         self._study.tell(number, value, state=told)
-        self._running.pop(number, None)
 
     def trial(self, number: int) -> Trial:
         """Return one trial."""
-        return _read_trial(self._storage.get_trial(self._trial_id(number)), self.sweep)
+        return _read_trial(self._storage.get_trial(self._trial_id(number)))
 
     def trials(self) -> list[Trial]:
         """Return every trial that was started, by number."""
-        return [
-            _read_trial(trial, self.sweep)
-            for trial in self._study.get_trials(deepcopy=False, states=_STARTED)
-        ]
-
-    def _handle(self, number: int) -> optuna.trial.Trial:
-        if number not in self._running:
-            self._running[number] = optuna.trial.Trial(self._study, self._trial_id(number))
-        return self._running[number]
+        return [_read_trial(trial) for trial in self._study.get_trials(deepcopy=False)]
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-
-
-_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-_STARTED = (*_FINISHED, TrialState.RUNNING)
 
 
 def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -262,7 +283,7 @@ def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(v) if math.isfinite(v) else None for name, v in metrics.items()}
 
 
-def _read_trial(frozen: FrozenTrial, sweep: Sweep) -> Trial:
+def _read_trial(frozen: FrozenTrial) -> Trial:
     attributes = frozen.user_attrs
     epochs = []
     for name in sorted(attributes):
@@ -272,12 +293,10 @@ def _read_trial(frozen: FrozenTrial, sweep: Sweep) -> Trial:
                 if stored[kind] is not None:
                     stored[kind] = CheckpointFile(**stored[kind])
             epochs.append(Epoch(**stored))
-    # A trial killed between being drawn and being described is described by what was drawn.
-    given = dataclasses.asdict(sweep.params) | frozen.params
     return Trial(
         number=frozen.number,
-        params=TrialParams(**attributes.get("params", given)),
-        seed=attributes.get("seed", derive_seed("trial", sweep.seed, frozen.number)),
+        params=TrialParams(**attributes["params"]),
+        seed=attributes["seed"],
         state=STATES[frozen.state],
         epochs=tuple(epochs),
         attempt=attributes.get("attempt", 0),
@@ -291,11 +310,8 @@ def _open_storage(sweep: Sweep) -> optuna.storages.RDBStorage:
         # A dashboard that reads may hold SQLite's lock for a moment: wait for it.
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except (ImportError, ValueError, *_STORAGE_ERRORS) as error:
+    except (ImportError, ValueError, *STORAGE_ERRORS) as error:
         raise _unreachable(sweep, error) from error
-
-
-_STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
 def _unreachable(sweep: Sweep, error: BaseException) -> InputError:

@@ -5,8 +5,6 @@ trial number and the trials in the study, so a sweep that is killed and resumed 
 that an unkilled one draws.
 """
 
-import hashlib
-import json
 import logging
 import math
 import random
@@ -23,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc  # type: ignore[import-untyped]
 
 from lightning_modules.errors import InputError
+from lightning_modules.seeds import derive_seed
 from search.space import Choice, Space, from_unit, grid_of, to_distributions, to_unit
 
 SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
@@ -34,19 +33,6 @@ NUM_STARTUP_TRIALS = 10
 MIN_OBSERVATIONS = 10
 RANDOM_SHARE = 1 / 6
 NUM_CANDIDATES = 24
-
-
-def derive_seed(*parts: int | str) -> int:
-    """Mixes numbers and names into one seed.
-
-    Args:
-        parts: What the seed is for, as in `derive_seed(sweep_seed, "trial", 7)`.
-
-    Returns:
-        32 bits that are the same in every process, unlike Python's own `hash`.
-    """
-    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
-    return int.from_bytes(digest[:4], "little")
 
 
 def num_grid_points(space: Space) -> int:

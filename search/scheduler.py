@@ -47,7 +47,7 @@ class ResumableASHA(ASHAScheduler):
         self.reasons: dict[str, str] = {}
         self.cutoffs: dict[str, float] = {}
         for trial in self._recorded.values():
-            if trial.state != "running":
+            if trial.state != "running" or (trial.epochs and trial.epochs[-1].stopped):
                 # Under a name that no live trial has: only its place in the rungs is needed.
                 self._replay(trial, f"recorded-{trial.number}")
 
@@ -73,7 +73,7 @@ class ResumableASHA(ASHAScheduler):
         return str(action)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Forget a trial that ended; a diverged one leaves no value in the rungs."""
+        """Forget a trial that ended; the value that diverged stays out of the rungs."""
         if _is_finite(result):
             super().on_trial_complete(tune_controller, trial, result)
         else:

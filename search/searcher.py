@@ -1,7 +1,11 @@
 """Between Ray Tune and the record: which trial comes next, and what became of it."""
 
+import contextlib
 import dataclasses
+import math
+import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +13,26 @@ from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
 from search.checkpoint_files import newest_whole, remove_all_but
-from search.record import CheckpointFile, Epoch, Record, State, Trial, encode_metrics
-from search.results import score
+from search.record import (
+    STORAGE_ERRORS,
+    CheckpointFile,
+    Epoch,
+    Record,
+    State,
+    Trial,
+    encode_metrics,
+)
+from search.results import rank
 from search.scheduler import ResumableASHA
 from search.sweep import METRIC_MODES
 
 # What the operating system says when it is the storage's fault and not the trial's: no space left,
 # read-only, not permitted, quota used up.
 STORAGE_FAULTS = ("[Errno 28]", "[Errno 30]", "[Errno 13]", "[Errno 122]")
+
+# What Ray says when a worker or its node went away, or was killed for memory: such a trial is not
+# at fault, stays unfinished, and can be resumed.
+WORKER_FAULTS = ("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "WorkerCrashedError")
 
 
 class StudySearcher(Searcher):
@@ -28,22 +44,28 @@ class StudySearcher(Searcher):
     Args:
         record: Where trials come from.
         unfinished: The trials to run again, in this order.
+        recorder: Knows whether the sweep is to end.
     """
 
-    def __init__(self, record: Record, unfinished: list[Trial]) -> None:
+    def __init__(self, record: Record, unfinished: list[Trial], recorder: "StudyRecorder") -> None:
         super().__init__(metric=record.sweep.metric, mode=record.sweep.mode)
         self._record = record
+        self._recorder = recorder
         self._unfinished = deque(unfinished)
         self._num_drawn = len(record.trials())
 
     def suggest(self, trial_id: str) -> Any:
         """Return what a worker needs to run the next trial, or that there is none."""
-        if self._unfinished:
-            trial = self._record.restart(self._unfinished.popleft().number)
-        elif self._num_drawn < self._record.sweep.search.num_trials:
-            trial = self._record.draw()
-            self._num_drawn += 1
-        else:
+        trial = None
+        with self._recorder.storage_guard():
+            if self._recorder.is_over():
+                pass
+            elif self._unfinished:
+                trial = self._record.restart(self._unfinished.popleft().number)
+            elif self._num_drawn < self._record.sweep.search.num_trials:
+                trial = self._record.draw()
+                self._num_drawn += 1
+        if trial is None:
             return Searcher.FINISHED
         return {
             "number": trial.number,
@@ -88,15 +110,47 @@ class StudyRecorder(Callback):
         scheduler: Asked why a trial was stopped.
 
     Attributes:
-        storage_error: What the operating system said, once storage has given out; trials that end
-            after that are left as they are, to be resumed.
+        storage_error: What was said, once storage has given out; trials that end after that are
+            left as they are, to be resumed.
+        deadline_s: When the time budget is used up, on the monotonic clock.
     """
 
     def __init__(self, record: Record, scheduler: ResumableASHA) -> None:
         self._record = record
         self._scheduler = scheduler
-        self._kept = [t for t in record.trials() if t.state in ("complete", "pruned")]
+        self._kept: list[Trial] = []
         self.storage_error = ""
+        self.deadline_s = time.monotonic() + (record.sweep.search.time_budget_s or math.inf)
+
+    def is_over(self) -> bool:
+        """Tell whether no trial is to be started any more."""
+        return bool(self.storage_error) or time.monotonic() > self.deadline_s
+
+    @contextlib.contextmanager
+    def storage_guard(self) -> Iterator[None]:
+        """Turn what a full or vanished storage raises into the end of the sweep."""
+        try:
+            yield
+        except (OSError, *STORAGE_ERRORS) as error:
+            self.storage_error = (str(error.__cause__ or error).splitlines() or [""])[0]
+
+    def take_up(self) -> list[Trial]:
+        """Bring the record in order after a kill; return the trials to run again.
+
+        A trial whose ending was decided but not told is told; values that Optuna misses are
+        reported; checkpoints that should have gone go.
+        """
+        unfinished = []
+        for trial in self._record.trials():
+            if trial.state != "running":
+                self._retain(trial)
+                continue
+            self._record.repair(trial.number)
+            if trial.epochs and trial.epochs[-1].stopped:
+                self._settle(trial)
+            else:
+                unfinished.append(trial)
+        return unfinished
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -104,7 +158,9 @@ class StudyRecorder(Callback):
         """Commit an epoch, with the decision that the scheduler has just taken on it."""
         stopped = ""
         if result.get("done"):
-            stopped = self._scheduler.reasons.get(trial.trial_id, "time_budget")
+            at_end = result["epoch"] >= self._record.sweep.training.max_epochs
+            otherwise = "max_epochs" if at_end else "time_budget"
+            stopped = self._scheduler.reasons.get(trial.trial_id, otherwise)
         epoch = Epoch(
             epoch=result["epoch"],
             metrics=encode_metrics(result["metrics"]),
@@ -114,41 +170,47 @@ class StudyRecorder(Callback):
             stopped=stopped,
             ran_on=result["ran_on"],
         )
-        self._record.add_epoch(trial.config["number"], epoch)
+        if not self.storage_error:
+            with self.storage_guard():
+                self._record.add_epoch(trial.config["number"], epoch)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell the study how a trial ended."""
-        if not self.storage_error:
-            self.settle(self._record.trial(trial.config["number"]))
+        if self.storage_error:
+            return
+        with self.storage_guard():
+            recorded = self._record.trial(trial.config["number"])
+            if recorded.state == "running" and recorded.epochs and recorded.epochs[-1].stopped:
+                self._settle(recorded)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell the study that a trial failed, unless it is the storage that did."""
+        """Tell the study that a trial failed, unless its worker or the storage did."""
         text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         reason = lines[-1][:500] if lines else "its worker died"
         if any(fault in reason for fault in STORAGE_FAULTS):
             self.storage_error = reason
-        else:
-            self._finish(self._record.trial(trial.config["number"]), "failed", reason)
+        elif not self.storage_error and not any(fault in text for fault in WORKER_FAULTS):
+            with self.storage_guard():
+                recorded = self._record.trial(trial.config["number"])
+                if recorded.state == "running":
+                    self._record.finish(recorded.number, "failed", reason)
+                    self._retain(self._record.trial(recorded.number))
 
-    def settle(self, trial: Trial) -> None:
-        """Tell the study how a trial ended, by its last recorded epoch.
-
-        A trial without an epoch ran out of time before its first.
-        """
-        stopped = trial.epochs[-1].stopped if trial.epochs else "time_budget"
+    def _settle(self, trial: Trial) -> None:
+        """Tell the study how a trial ended, by its last recorded epoch."""
+        stopped = trial.epochs[-1].stopped
         states: dict[str, State] = {"max_epochs": "complete", "diverged": "failed"}
-        self._finish(trial, states.get(stopped, "pruned"), stopped)
+        self._record.finish(trial.number, states.get(stopped, "pruned"), stopped)
+        self._retain(self._record.trial(trial.number))
 
-    def _finish(self, trial: Trial, state: State, reason: str) -> None:
-        self._record.finish(trial.number, state, reason)
-        if state == "failed":
+    def _retain(self, trial: Trial) -> None:
+        """Keep the checkpoint of the best few only: disk does not grow with the trials."""
+        sweep = self._record.sweep
+        if trial.state == "failed":
             self._drop_checkpoints(trial)
             return
-        # Only the best few keep their checkpoint: a sweep's disk does not grow with its trials.
-        sweep = self._record.sweep
-        self._kept.append(trial)
-        self._kept.sort(key=lambda kept: score(kept, sweep), reverse=True)
+        self._kept = rank([*self._kept, trial], sweep)
         self._drop_checkpoints(trial, keep_best=True)
         while len(self._kept) > sweep.search.keep_trials:
             self._drop_checkpoints(self._kept.pop())
@@ -157,11 +219,15 @@ class StudyRecorder(Callback):
         folder = self._record.sweep.folder
         best = trial.epochs[-1].best if trial.epochs else None
         keep = [folder / best.path] if best is not None and keep_best else []
-        remove_all_but(folder / "trials" / f"{trial.number:05d}", keep)
+        # A file that will not go is no reason to lose the trial; the next resume tries again.
+        with contextlib.suppress(OSError):
+            remove_all_but(folder / "trials" / f"{trial.number:05d}", keep)
 
 
-class StopOnStorageError(Stopper):
-    """Ends the sweep once storage has given out: no trial could be recorded any more.
+class EndOfSweep(Stopper):
+    """Ends trials at their next report once time is over, and at once when storage gave out.
+
+    Ray's own time budget takes running trials away without a word to searcher or callbacks.
 
     Args:
         recorder: Knows.
@@ -171,8 +237,8 @@ class StopOnStorageError(Stopper):
         self._recorder = recorder
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Stop no single trial."""
-        return False
+        """Tell whether a trial that has just reported is to stop."""
+        return self._recorder.is_over()
 
     def stop_all(self) -> bool:
         """Tell whether everything is to stop."""

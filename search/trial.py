@@ -15,7 +15,7 @@ from lightning_modules.data.pack import Pack
 from lightning_modules.weights import WeightOrigin
 from search.callbacks import ReportEpoch, TensorBoardCurves
 from search.checkpoint import AtomicCheckpointIO
-from search.data import prepare_data
+from search.data import check_same_data, prepare_data
 from search.sweep import Sweep, TrialParams
 
 # Lightning warns of what is meant here: frozen stages in eval mode, batches without worker
@@ -36,6 +36,7 @@ def train_trial(
     manifest: Manifest,
     pack: Pack,
     weights: dict[str, WeightOrigin],
+    on_gpu: bool,
 ) -> None:
     """Train one trial and report each epoch to Ray Tune, which may end it there.
 
@@ -45,11 +46,42 @@ def train_trial(
         manifest: The images' labels and splits.
         pack: The images; decoded again if this node does not have them.
         weights: Each backbone's initial weights, as a file that every node can read.
+        on_gpu: Whether the trial was given a GPU; one may be visible without.
     """
     params = TrialParams(**config["params"])
+    curves = TensorBoardCurves(
+        log_dir=sweep.folder / "tensorboard" / config["name"],
+        params=config["params"],
+        classes=manifest.classes,
+        metric=sweep.metric,
+        resume=config["resume"],
+    )
+    try:
+        _fit(
+            config, params, curves, sweep=sweep, manifest=manifest, pack=pack, weights=weights,
+            on_gpu=on_gpu,
+        )  # fmt: skip
+    finally:
+        # Lightning tears nothing down after an exception, and a stopped trial ends by one.
+        curves.close()
+
+
+def _fit(
+    config: dict[str, Any],
+    params: TrialParams,
+    curves: TensorBoardCurves,
+    *,
+    sweep: Sweep,
+    manifest: Manifest,
+    pack: Pack,
+    weights: dict[str, WeightOrigin],
+    on_gpu: bool,
+) -> None:
     resume = config["resume"]
     if not pack.path.is_file():
+        facts = {"manifest_digest": manifest.digest, "pack_digest": pack.digest}
         manifest, pack = prepare_data(sweep)
+        check_same_data(facts, manifest, pack)
     module = build_module(
         params, sweep=sweep, manifest=manifest, weights=weights, seed=config["seed"]
     )
@@ -61,13 +93,6 @@ def train_trial(
         balanced_sampling=sweep.data.class_balance == "balanced_sampling",
     )
     checkpoint_io = AtomicCheckpointIO()
-    curves = TensorBoardCurves(
-        log_dir=sweep.folder / "tensorboard" / config["name"],
-        params=config["params"],
-        classes=manifest.classes,
-        metric=sweep.metric,
-        resume=resume,
-    )
     report = ReportEpoch(
         folder=sweep.folder,
         trial_folder=sweep.folder / "trials" / f"{config['number']:05d}",
@@ -77,7 +102,6 @@ def train_trial(
         resume=resume,
         checkpoint_io=checkpoint_io,
     )
-    on_gpu = torch.cuda.is_available()
     trainer = pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=1,
@@ -141,6 +165,8 @@ def choose_precision(setting: str, backbone: str, *, on_gpu: bool) -> Any:
     if setting != "auto":
         return setting
     if on_gpu:
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+        return (
+            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        )
     has_amx = torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if has_amx and backbone == "resnet50" else "32-true"

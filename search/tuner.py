@@ -1,12 +1,14 @@
 """Runs a sweep on Ray Tune: a new one, or one that was interrupted."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
 import platform
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -29,20 +31,24 @@ from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
+from search.data import check_same_data
 from search.folder import check_new, lock
 from search.progress import Progress
 from search.record import Record
 from search.scheduler import ResumableASHA
-from search.searcher import StopOnStorageError, StudyRecorder, StudySearcher
+from search.searcher import EndOfSweep, StudyRecorder, StudySearcher
 from search.sweep import Sweep
 from search.trial import train_trial
 
-# glibc gives memory back to the system after every step and faults it in again on the next, which
-# takes up to half of a training step on a CPU. Kept instead, it stays at its peak.
+# For workers. glibc gives memory back to the system after every step and faults it in again on the
+# next, which takes up to half of a training step on a CPU. Kept instead, it stays at its peak.
 WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "1000000000000",
     "MALLOC_TOP_PAD_": "67108864",
+    # A stopped trial takes its time to leave Lightning; a worker that is not waited for is lost to
+    # Ray together with the next trial, without a word to anyone.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
 
 Tell = Callable[[str], None]
@@ -72,7 +78,8 @@ def launch_sweep(
         for backbone in sweep.backbones
     }
     for backbone, origin in weights.items():
-        tell(f"weights {backbone}: {origin.origin}")
+        instead = f" (not {'; '.join(origin.passed_over)})" if origin.passed_over else ""
+        tell(f"weights {backbone}: {origin.origin}{instead}")
     _tell_data(manifest, pack, tell)
     with lock(sweep), _ray(address):
         check_new(sweep)
@@ -116,7 +123,7 @@ def resume_sweep(
             return record
         _tell_data(manifest, pack, tell)
         weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
-        _check_same_data(record, manifest, pack)
+        check_same_data(record.facts, manifest, pack)
         for backbone, origin in weights.items():
             _check_same_weights(backbone, origin)
         _check_cores(sweep, address)
@@ -139,19 +146,18 @@ def _run(
     trials = record.trials()
     scheduler = ResumableASHA(sweep, trials)
     recorder = StudyRecorder(record, scheduler)
-    unfinished = []
-    for trial in trials:
-        if trial.state == "running" and trial.epochs and trial.epochs[-1].stopped:
-            # The decision was recorded, the telling was not.
-            recorder.settle(trial)
-        elif trial.state == "running":
-            unfinished.append(trial)
+    unfinished = recorder.take_up()
     remaining = len(unfinished) + sweep.search.num_trials - len(trials)
     if remaining <= 0:
         return
     concurrent = sweep.search.max_concurrent_trials or _max_concurrent(resources)
     trainable = tune.with_parameters(
-        train_trial, sweep=sweep, manifest=manifest, pack=pack, weights=weights
+        train_trial,
+        sweep=sweep,
+        manifest=manifest,
+        pack=pack,
+        weights=weights,
+        on_gpu=resources["gpu"] > 0,
     )
     with tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
         # Never read back, but on a cluster every node has to see it.
@@ -159,12 +165,11 @@ def _run(
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
-                search_alg=StudySearcher(record, unfinished),
+                search_alg=StudySearcher(record, unfinished, recorder),
                 scheduler=scheduler,
                 num_samples=remaining,
                 # Without it Ray creates the trials of a custom searcher one after another.
                 max_concurrent_trials=min(concurrent, remaining),
-                time_budget_s=sweep.search.time_budget_s,
                 # Importing torch and Lightning takes longer than a short trial.
                 reuse_actors=True,
                 trial_name_creator=_trial_name,
@@ -173,7 +178,7 @@ def _run(
             run_config=tune.RunConfig(
                 name=sweep.name,
                 storage_path=str(ray_folder),
-                stop=StopOnStorageError(recorder),
+                stop=EndOfSweep(recorder),
                 callbacks=[recorder, Progress(record, scheduler)],
                 verbose=0,
             ),
@@ -181,6 +186,8 @@ def _run(
         # What went wrong in a trial is recorded and printed by our own callbacks.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner.fit()
+        # Tune's own handler would swallow the next Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         shutil.rmtree(sweep.folder / "ray", ignore_errors=True)
     if recorder.storage_error:
         raise InputError(
@@ -204,28 +211,36 @@ def _trial_name(trial: Any) -> str:
 
 
 def _trial_resources(sweep: Sweep) -> dict[str, float]:
+    """Return what a trial takes, if there is a node that has it."""
+    nodes = _nodes()
     gpus = sweep.resources.gpus_per_trial
     if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        gpus = 1.0 if any(node.get("GPU", 0.0) for node in nodes) else 0.0
     resources = {"cpu": float(sweep.resources.cpus_per_trial), "gpu": gpus}
-    for name, key in (("cpu", "CPU"), ("gpu", "GPU")):
-        there = ray.cluster_resources().get(key, 0.0)
-        if resources[name] > there:
-            raise InputError(
-                f"resources.{name}s_per_trial must fit the cluster; got {resources[name]:g}, and "
-                f"it has {there:g}: ask for less"
-            )
+    if not any(_num_fitting(node, resources) for node in nodes):
+        raise InputError(
+            f"a trial must fit a node of the cluster; it asks for {resources['cpu']:g} CPUs and "
+            f"{gpus:g} GPUs, and no node has both: lower resources.cpus_per_trial or "
+            "resources.gpus_per_trial"
+        )
     return resources
 
 
 def _max_concurrent(resources: dict[str, float]) -> int:
-    cluster = ray.cluster_resources()
+    return sum(_num_fitting(node, resources) for node in _nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _num_fitting(node: dict[str, float], resources: dict[str, float]) -> int:
     fits = [
-        cluster.get(key, 0.0) / resources[name]
+        node.get(key, 0.0) / resources[name]
         for name, key in (("cpu", "CPU"), ("gpu", "GPU"))
         if resources[name]
     ]
-    return max(1, math.floor(float(min(fits)) + 1e-6))
+    return math.floor(min(fits) + 1e-6)
 
 
 @contextlib.contextmanager
@@ -246,6 +261,11 @@ def _ray(address: str | None) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
             include_dashboard=False,
             **options,
+        )
+    elif address.startswith("ray://"):
+        raise InputError(
+            f"--address must be HOST:PORT of the cluster's head, from a machine in the cluster; "
+            f"got {address}: Ray's client would run the record elsewhere"
         )
     else:
         try:
@@ -272,16 +292,6 @@ def _tell_data(manifest: Manifest, pack: Pack, tell: Tell) -> None:
         tell(f"        {len(pack.skipped)} unreadable images are left out")
 
 
-def _check_same_data(record: Record, manifest: Manifest, pack: Pack) -> None:
-    for name, now in (("manifest_digest", manifest.digest), ("pack_digest", pack.digest)):
-        then = record.facts[name]
-        if then != now:
-            raise InputError(
-                f"a sweep is resumed on the images it was launched on; {name} was {then[:12]} and "
-                f"is {now[:12]}: restore them, or launch a new sweep"
-            )
-
-
 def _check_same_weights(backbone: str, origin: WeightOrigin) -> None:
     now = find_weights(origin.path or "random", backbone=backbone, seed=origin.seed)
     if now.digest != origin.digest:
@@ -298,15 +308,7 @@ def _facts(manifest: Manifest, pack: Pack, weights: dict[str, WeightOrigin]) -> 
         "manifest_digest": manifest.digest,
         "pack_digest": pack.digest,
         "skipped_images": list(pack.skipped),
-        "weights": {
-            name: {
-                "origin": origin.origin,
-                "path": origin.path,
-                "digest": origin.digest,
-                "seed": origin.seed,
-            }
-            for name, origin in weights.items()
-        },
+        "weights": {name: dataclasses.asdict(origin) for name, origin in weights.items()},
         "versions": {
             "python": platform.python_version(),
             "neurosweep": version("neurosweep"),

@@ -14,7 +14,8 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
-from search.sampler import SAMPLERS, build_sampler, derive_seed, num_grid_points
+from lightning_modules.seeds import derive_seed
+from search.sampler import SAMPLERS, build_sampler, num_grid_points
 from search.space import Choice, Float, Int, Space, to_distributions
 
 Params = dict[str, Any]
@@ -129,7 +130,7 @@ def test_a_kill_in_the_middle_of_a_trial_changes_nothing(kind: str) -> None:
 
 
 def test_a_seed_is_the_same_in_every_process() -> None:
-    code = "from search.sampler import derive_seed; print(derive_seed(7, 'trial', 3))"
+    code = "from lightning_modules.seeds import derive_seed; print(derive_seed(7, 'trial', 3))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert int(printed.stdout) == derive_seed(7, "trial", 3)
 

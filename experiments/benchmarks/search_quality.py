@@ -32,7 +32,8 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from search.sampler import build_sampler, derive_seed
+from lightning_modules.seeds import derive_seed
+from search.sampler import build_sampler
 from search.space import Float, Int, Space, from_unit, to_distributions
 
 MAX_EPOCHS = 52
