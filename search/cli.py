@@ -143,7 +143,16 @@ def _resume(options: argparse.Namespace) -> None:
     sweep = open_sweep(options.name, options.storage)
     _check_export(options.export)
 
-    _run_to_end(sweep, options, is_new=False)
+    from search.folder import lock
+    from search.record import Record
+
+    with lock(sweep):
+        record = Record.open(sweep)
+        if record.is_finished():
+            _print_table(_console(), record, num_rows=20)
+            _finish(_console(), record, options.export)
+        else:
+            _run_to_end(sweep, options, is_new=False)
 
 
 def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> None:
@@ -167,14 +176,23 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     record = run(sweep, manifest, pack, address=options.address, tell=console.print)
     _print_table(console, record, num_rows=20)
     _print_end(console, record, elapsed_s=time.monotonic() - start_s)
-    if options.export is None:
+    _finish(console, record, options.export)
+
+
+def _finish(console: Console, record: Any, bundle: Path | None) -> None:
+    """Say what to type next, and export if that was asked for."""
+    sweep = record.sweep
+    console.print("next", style="bold")
+    console.print(f"  neurosweep top {sweep.reference}", soft_wrap=True)
+    console.print(f"  {_tensorboard(sweep)}", soft_wrap=True)
+    if bundle is None:
         console.print(f"  neurosweep export {sweep.reference} {sweep.name}-bundle", soft_wrap=True)
     else:
-        _write_bundle(console, record, options.export, trial_number=None)
+        _write_bundle(console, record, bundle, trial_number=None)
 
 
 def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
-    """Say what was run and what to type next; exit if the sweep did not come to its end."""
+    """Say what was run; exit if the sweep did not come to its end."""
     sweep, trials = record.sweep, record.trials()
     run_epochs = sum(len(trial.epochs) for trial in trials)
     possible = sweep.search.num_trials * sweep.training.max_epochs
@@ -188,9 +206,6 @@ def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
     if all(trial.state == "failed" for trial in trials):
         print("neurosweep: every trial failed; the table says why", file=sys.stderr)
         sys.exit(1)
-    console.print("next", style="bold")
-    console.print(f"  neurosweep top {sweep.reference}", soft_wrap=True)
-    console.print(f"  {_tensorboard(sweep)}", soft_wrap=True)
 
 
 def _top(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """A sweep's folder: new, writable, and held by one process at a time."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
@@ -12,12 +13,12 @@ from search.sweep import Sweep
 
 @contextlib.contextmanager
 def new_folder(sweep: Sweep) -> Iterator[None]:
-    """Create a sweep's folder, and take it away again if no sweep comes of it.
+    """Create a sweep's folder and hold it; take it away again if no sweep comes of it.
 
     Raises:
         InputError: If there is a sweep in it already, or it cannot be written.
     """
-    check_new(sweep)
+    _check_new(sweep)
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=sweep.folder) as probe:
@@ -27,27 +28,27 @@ def new_folder(sweep: Sweep) -> Iterator[None]:
     except OSError as error:
         with contextlib.suppress(OSError):
             sweep.folder.rmdir()
+        remedy = "free space there, or " if error.errno == errno.ENOSPC else ""
         raise InputError(
-            f"storage must be a folder that can be written; {sweep.storage}: {error.strerror}: "
-            "free space there, or give another with `--storage`"
+            f"storage must be a folder that can be written; {sweep.folder}: {error.strerror}: "
+            f"{remedy}give another with `--storage`"
         ) from error
-    try:
-        yield
-    finally:
-        # Not while another process launches a sweep there.
-        with contextlib.suppress(InputError, OSError), lock(sweep):
+    with lock(sweep):
+        _check_new(sweep)
+        # Left by a launch that was killed before there was a sweep to resume.
+        (sweep.folder / "study.db").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
             if not (sweep.folder / "sweep.yaml").exists():
                 for name in (".lock", "study.db", "manifest.csv"):
                     (sweep.folder / name).unlink(missing_ok=True)
-                sweep.folder.rmdir()
+                with contextlib.suppress(OSError):
+                    sweep.folder.rmdir()
 
 
-def check_new(sweep: Sweep) -> None:
-    """Refuse a name that is taken: a folder with a ``sweep.yaml`` can be resumed.
-
-    Raises:
-        InputError: If it is.
-    """
+def _check_new(sweep: Sweep) -> None:
+    # A folder with a sweep.yaml can be resumed.
     if (sweep.folder / "sweep.yaml").exists():
         raise InputError(
             f"the sweep's name must be new; {sweep.folder} exists: `neurosweep resume "

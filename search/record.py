@@ -266,6 +266,13 @@ class Record:
         told = next(key for key, name in STATES.items() if name == state)
         self._study.tell(number, value, state=told)
 
+    def is_finished(self) -> bool:
+        """Tell whether every trial of the sweep has ended."""
+        trials = self._study.get_trials(deepcopy=False)
+        return len(trials) >= self.sweep.search.num_trials and all(
+            trial.state.is_finished() for trial in trials
+        )
+
     def trial(self, number: int) -> Trial:
         """Return one trial."""
         return _read_trial(self._storage.get_trial(self._trial_id(number)))

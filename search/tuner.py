@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
+import torch
 from ray import tune
 
 from lightning_modules.data.manifest import SPLITS, Manifest, write_atomically
@@ -32,7 +33,6 @@ from lightning_modules.errors import InputError
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_same_data
-from search.folder import check_new, lock
 from search.progress import Progress
 from search.record import Record
 from search.scheduler import ResumableASHA
@@ -60,7 +60,7 @@ def launch_sweep(
     """Run a new sweep to its end.
 
     Args:
-        sweep: What to run; its folder is new.
+        sweep: What to run; its folder is new, and held.
         manifest: Its images, split.
         pack: Its images, decoded.
         address: A running Ray cluster's; none starts one on this machine.
@@ -72,7 +72,7 @@ def launch_sweep(
     Raises:
         InputError: If anything the user gave is wrong; then there is no record either.
     """
-    _check_cores(sweep, address)
+    _check_devices(sweep, address)
     weights = {
         backbone: find_weights(sweep.weights[backbone], backbone=backbone, seed=sweep.seed)
         for backbone in sweep.backbones
@@ -81,28 +81,30 @@ def launch_sweep(
         instead = f" (not {'; '.join(origin.passed_over)})" if origin.passed_over else ""
         tell(f"weights {backbone}: {origin.origin}{instead}")
     _tell_data(manifest, pack, tell)
-    with lock(sweep), _ray(address):
-        check_new(sweep)
-        resources = _trial_resources(sweep)
-        # Left by a launch that was killed before there was a sweep to resume.
-        (sweep.folder / "study.db").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        if address is not None:
+            # What a cluster has is known only to it, and asked before there is a record.
+            stack.enter_context(_ray(address))
+            _trial_resources(sweep)
         manifest.write(sweep.folder / "manifest.csv")
         record = Record.create(sweep, _facts(manifest, pack, weights))
         write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
-        _run(record, manifest, pack, weights, resources, is_local=address is None)
+        if address is None:
+            stack.enter_context(_ray(None))
+        _run(record, manifest, pack, weights, is_local=address is None)
     return record
 
 
 def resume_sweep(
     sweep: Sweep, manifest: Manifest, pack: Pack, *, address: str | None, tell: Tell
 ) -> Record:
-    """Go on with a sweep that was interrupted; return at once if it was not.
+    """Go on with a sweep that was interrupted.
 
     Finished trials are not run again. Unfinished ones go on under their numbers and params from
     their last whole checkpoint, and the scheduler's rungs hold every recorded epoch.
 
     Args:
-        sweep: As it was launched.
+        sweep: As it was launched; its folder is held.
         manifest: Its images, split, as they are now.
         pack: Its images, decoded, as they are now.
         address: A running Ray cluster's; none starts one on this machine.
@@ -115,21 +117,14 @@ def resume_sweep(
         InputError: If the images or the initial weights are not the ones it was launched with.
     """
     record = Record.open(sweep)
-    with lock(sweep):
-        trials = record.trials()
-        if len(trials) >= sweep.search.num_trials and not any(
-            trial.state == "running" for trial in trials
-        ):
-            return record
-        _tell_data(manifest, pack, tell)
-        weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
-        check_same_data(record.facts, manifest, pack)
-        for backbone, origin in weights.items():
-            _check_same_weights(backbone, origin)
-        _check_cores(sweep, address)
-        with _ray(address):
-            resources = _trial_resources(sweep)
-            _run(record, manifest, pack, weights, resources, is_local=address is None)
+    weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
+    check_same_data(record.facts, manifest, pack)
+    for backbone, origin in weights.items():
+        _check_same_weights(backbone, origin)
+    _check_devices(sweep, address)
+    _tell_data(manifest, pack, tell)
+    with _ray(address):
+        _run(record, manifest, pack, weights, is_local=address is None)
     return record
 
 
@@ -138,11 +133,11 @@ def _run(
     manifest: Manifest,
     pack: Pack,
     weights: dict[str, WeightOrigin],
-    resources: dict[str, float],
     *,
     is_local: bool,
 ) -> None:
     sweep = record.sweep
+    resources = _trial_resources(sweep)
     trials = record.trials()
     scheduler = ResumableASHA(sweep, trials)
     recorder = StudyRecorder(record, scheduler)
@@ -196,14 +191,19 @@ def _run(
         )
 
 
-def _check_cores(sweep: Sweep, address: str | None) -> None:
-    """Refuse on this machine what a cluster is asked about later."""
-    cores = os.cpu_count() or 1
-    if address is None and sweep.resources.cpus_per_trial > cores:
-        raise InputError(
-            f"resources.cpus_per_trial must fit this machine; got "
-            f"{sweep.resources.cpus_per_trial}, and it has {cores}: ask for less"
-        )
+def _check_devices(sweep: Sweep, address: str | None) -> None:
+    """Refuse what this machine does not have; a cluster is asked once it is connected."""
+    if address is not None:
+        return
+    for name, asked, there in (
+        ("cpus_per_trial", sweep.resources.cpus_per_trial, os.cpu_count() or 1),
+        ("gpus_per_trial", sweep.resources.gpus_per_trial or 0, torch.cuda.device_count()),
+    ):
+        if asked > there:
+            raise InputError(
+                f"resources.{name} must fit this machine; got {asked:g}, and it has {there}: ask "
+                "for less"
+            )
 
 
 def _trial_name(trial: Any) -> str:

@@ -4,6 +4,7 @@ No Ray: the searcher, scheduler, and recorder are driven here in the order in wh
 calls them. ``test_resume`` does the same with processes.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning_modules.data.phantom import PhantomSettings
 from lightning_modules.seeds import derive_seed
 from search.record import Record, Trial
 from search.scheduler import ResumableASHA
-from search.searcher import StudyRecorder, StudySearcher
+from search.searcher import EndOfSweep, StudyRecorder, StudySearcher
 from search.space import Float, Int
 from search.sweep import DataSettings, SchedulerSettings, SearchSettings, Sweep, TrainingSettings
 
@@ -62,6 +63,7 @@ def run(record: Record, execute: Callable[[int, int], None] = lambda number, epo
     scheduler = ResumableASHA(record.sweep, record.trials())
     recorder = StudyRecorder(record, scheduler)
     searcher = StudySearcher(record, recorder.take_up(), recorder)
+    end = EndOfSweep(recorder)
     num_started = 0
     while (config := searcher.suggest(trial_id := f"ray-{num_started}")) != Searcher.FINISHED:
         num_started += 1
@@ -71,8 +73,9 @@ def run(record: Record, execute: Callable[[int, int], None] = lambda number, epo
         for epoch in range(1 if resume is None else resume["last"]["epoch"] + 1, 10):
             execute(config["number"], epoch)
             result = report_of(record.sweep, config, epoch)
-            action = scheduler.on_trial_result(None, ray_trial, result)
-            result["done"] = action == TrialScheduler.STOP
+            result["done"] = end(trial_id, result) or (
+                scheduler.on_trial_result(None, ray_trial, result) == TrialScheduler.STOP
+            )
             recorder.on_trial_result(0, [], ray_trial, result)
             if result["done"]:
                 scheduler.on_trial_complete(None, ray_trial, result)
@@ -183,7 +186,7 @@ def test_killed_at_every_write(tmp_path: Path, expected: list[Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         count = count_writes(patch)
         run(record)
-    assert count[0] > 50
+    assert count[0] > 40
     for limit in range(count[0]):
         check_killed_at(tmp_path, expected, limit)
 
@@ -191,13 +194,15 @@ def test_killed_at_every_write(tmp_path: Path, expected: list[Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cma_es", "grid"])
 def test_every_sampler_goes_on_as_if_nothing_had_happened(tmp_path: Path, sampler: str) -> None:
-    # 14 trials: the models take over after 10. The kills fall on each write of a late epoch.
-    sweep = make_sweep(tmp_path / sampler, sampler, num_trials=14)
+    # 14 trials: the models take over after 10; the grid has 9 points beside the baseline. The
+    # kills fall on each write of a late epoch.
+    num_trials = 10 if sampler == "grid" else 14
+    sweep = make_sweep(tmp_path / sampler, sampler, num_trials)
     sweep.folder.mkdir(parents=True)
     run(Record.create(sweep, {}))
     expected = outcome(Record.open(sweep).trials())
     for limit in (50, 51, 52, 53):
-        check_killed_at(tmp_path, expected, limit, sampler, num_trials=14)
+        check_killed_at(tmp_path, expected, limit, sampler, num_trials)
 
 
 def test_a_torn_checkpoint_falls_back_to_starting_over(tmp_path: Path) -> None:
@@ -219,6 +224,35 @@ def test_a_torn_checkpoint_falls_back_to_starting_over(tmp_path: Path) -> None:
     resume = searcher.suggest("again")["resume"]
     earlier = trial.epochs[-2].last if len(trial.epochs) > 1 else None
     assert (resume and resume["last"]["path"]) == (earlier and earlier.path)
+
+
+def test_a_time_budget_ends_every_trial_and_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = make_sweep(tmp_path)
+    sweep = dataclasses.replace(
+        sweep, search=dataclasses.replace(sweep.search, time_budget_s=100.0)
+    )
+    sweep.folder.mkdir(parents=True)
+    clock_s = [0.0]
+    monkeypatch.setattr("search.searcher.time.monotonic", lambda: clock_s[0])
+
+    def take_ten_seconds(number: int, epoch: int) -> None:
+        clock_s[0] += 10
+
+    run(Record.create(sweep, {}), take_ten_seconds)
+    trials = Record.open(sweep).trials()
+    # The epoch under way at 100 s ends at 110 s, is recorded, and is the last.
+    assert sum(len(trial.epochs) for trial in trials) == 11
+    assert trials[-1].state == "pruned"
+    assert trials[-1].reason == "time_budget"
+    assert all(trial.state != "running" for trial in trials)
+    # A later resume draws the trials that are missing, and runs none of these again.
+    clock_s[0] = 0.0
+    run(Record.open(sweep), lambda number, epoch: None)
+    resumed = Record.open(sweep).trials()
+    assert resumed[: len(trials)] == trials
+    assert len(resumed) == 7
 
 
 def test_no_trial_stays_running(expected: list[Any], tmp_path: Path) -> None:
