@@ -29,10 +29,8 @@ SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
 # A model is fitted on a scratch study in memory, one for each proposal: not worth a line each.
 logging.getLogger("optuna.storages._in_memory").setLevel(logging.WARNING)
 
-NUM_STARTUP_TRIALS = 10
-MIN_OBSERVATIONS = 10
-RANDOM_SHARE = 1 / 6
-NUM_CANDIDATES = 24
+MIN_OBSERVATIONS = 5
+RANDOM_SHARE = 1 / 3
 
 
 def num_grid_points(space: Space) -> int:
@@ -182,7 +180,7 @@ class RungTPESampler(_SpaceSampler):
         return _propose(self._model(trial_seed), observed, search_space, self._mode)
 
     def _model(self, seed: int) -> BaseSampler:
-        return TPESampler(n_startup_trials=1, n_ei_candidates=NUM_CANDIDATES, seed=seed)
+        return TPESampler(n_startup_trials=1, seed=seed)
 
 
 class _RungGPSampler(RungTPESampler):

@@ -86,6 +86,7 @@ def launch_sweep(
             # What a cluster has is known only to it, and asked before there is a record.
             stack.enter_context(_ray(address))
             _trial_resources(sweep)
+            weights = {name: _share(origin, sweep) for name, origin in weights.items()}
         manifest.write(sweep.folder / "manifest.csv")
         record = Record.create(sweep, _facts(manifest, pack, weights))
         write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
@@ -189,6 +190,16 @@ def _run(
             f"the sweep's storage must take what is written; {recorder.storage_error}: make room, "
             f"then `neurosweep resume {sweep.reference}`; nothing recorded is lost"
         )
+
+
+def _share(origin: WeightOrigin, sweep: Sweep) -> WeightOrigin:
+    """Copy initial weights to where every node of a cluster sees them."""
+    if origin.path is None:
+        return origin
+    shared = sweep.folder / "weights" / Path(origin.path).name
+    shared.parent.mkdir(exist_ok=True)
+    shutil.copyfile(origin.path, shared)
+    return dataclasses.replace(origin, path=str(shared))
 
 
 def _check_devices(sweep: Sweep, address: str | None) -> None:

@@ -271,9 +271,9 @@ def test_all_bad_images_are_listed_in_one_line(tmp_path: Path) -> None:
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_of_many_bad_images_ten_are_listed(tmp_path: Path) -> None:
+def test_many_bad_images_are_all_listed(tmp_path: Path) -> None:
     files = {**FOUR, **{f"a/bad{i:02d}.png": b"" for i in range(12)}}
-    with pytest.raises(InputError, match=r"got 12 of 16 .*bad09.png' \([^)]*\) and 2 more;"):
+    with pytest.raises(InputError, match=r"got 12 of 16 .*bad09.png' .*bad11.png' \([^)]*\);"):
         packed(data_set(tmp_path / "data", files), tmp_path / "cache")
 
 

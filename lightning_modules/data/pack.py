@@ -339,7 +339,8 @@ def _now_and_then(progress: Callable[[int, int], None] | None) -> Callable[[int,
 
 
 def _bad_images(bad: dict[str, str], total: int) -> InputError:
-    listed = some_of([f"{path!r:.200} ({reason})" for path, reason in bad.items()])
+    # All of them: who repairs a collection wants the whole list, up to what a terminal can hold.
+    listed = some_of([f"{path!r:.200} ({reason})" for path, reason in bad.items()], limit=1000)
     return InputError(
         f"every image is a readable PNG, JPEG or TIFF file; got {len(bad)} of {total} that are "
         f"not: {listed}; repair or remove them, or leave them out with --skip-bad-images"
