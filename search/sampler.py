@@ -34,7 +34,7 @@ RANDOM_SHARE = 1 / 3
 
 
 def num_grid_points(space: Space) -> int:
-    """Counts the trials after which a grid search has tried everything.
+    """Count the trials after which a grid search has tried everything.
 
     Args:
         space: The domain of each parameter.
@@ -54,7 +54,7 @@ def build_sampler(
     mode: str,
     rung_epochs: tuple[int, ...],
 ) -> BaseSampler:
-    """Builds the sampler of one trial.
+    """Build the sampler of one trial.
 
     Args:
         kind: One of `SAMPLERS`.
@@ -160,7 +160,7 @@ class RungTPESampler(_SpaceSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Proposes the params of a trial.
+        """Propose the params of a trial.
 
         Args:
             study: The sweep so far.
@@ -287,7 +287,7 @@ class _GridSampler(_SpaceSampler):
 
 
 def _value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
-    """Finds a trial's best value up to an epoch; None if it was stopped before, or diverged.
+    """Return a trial's best value up to an epoch; None if it was stopped before, or diverged.
 
     The best and not the last, since the best epoch's checkpoint is what a sweep keeps. A complete
     trial that ended before the epoch had nothing more to gain, so it counts there too.
@@ -306,7 +306,7 @@ def _value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
 def _observations(
     study: Study, number: int, mode: str, rung_epochs: tuple[int, ...]
 ) -> list[tuple[FrozenTrial, float | None]] | None:
-    """Collects what is known at the highest rung with enough trials.
+    """Collect what is known at the highest rung with enough trials.
 
     Args:
         study: The sweep so far.
@@ -346,7 +346,7 @@ def _propose(
     distributions: dict[str, BaseDistribution],
     mode: str,
 ) -> dict[str, Any]:
-    """Asks one of Optuna's samplers, over a scratch study of values at one rung."""
+    """Ask one of Optuna's samplers, over a scratch study of values at one rung."""
     scratch = optuna.create_study(
         direction="maximize" if mode == "max" else "minimize", sampler=model
     )
@@ -364,7 +364,7 @@ def _propose(
 
 
 def _sobol_point(space: Space, seed: int, index: int) -> dict[str, Any]:
-    """Draws a point of a scrambled Sobol sequence: random, but more even than random points."""
+    """Draw a point of a scrambled Sobol sequence: random, but more even than random points."""
     engine = qmc.Sobol(len(space), scramble=True, rng=np.random.default_rng(seed))
     if index:
         engine.fast_forward(index)
@@ -376,7 +376,7 @@ def _sobol_point(space: Space, seed: int, index: int) -> dict[str, Any]:
 
 
 def _permuted(index: int, size: int, seed: int) -> int:
-    """Finds the number at an index of a shuffled range, without building the range."""
+    """Return the number at an index of a shuffled range, without building the range."""
     generator = random.Random(seed)  # noqa: S311 - an order, not a secret
     moved: dict[int, int] = {}
     chosen = 0

@@ -102,7 +102,7 @@ Space = dict[str, Domain]
 
 
 def to_distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Translates a space into Optuna's terms.
+    """Translate a space into Optuna's terms.
 
     Args:
         space: The domain of each parameter.
@@ -133,7 +133,7 @@ def grid_of(space: Space, points: int = 3) -> dict[str, list[str | int | float |
 
 
 def from_unit(domain: Domain, position: float) -> str | int | float | bool | None:
-    """Finds the value at a position of a domain, so that equal steps are equally likely.
+    """Return the value at a position of a domain, so that equal steps are equally likely.
 
     Args:
         domain: The domain of the parameter.
@@ -156,7 +156,7 @@ def from_unit(domain: Domain, position: float) -> str | int | float | bool | Non
 
 
 def to_unit(domain: Float | Int, value: float) -> float:
-    """Finds the position of a value: the reverse of `from_unit`.
+    """Return the position of a value: the reverse of `from_unit`.
 
     Args:
         domain: The domain of the parameter, one with an order.
