@@ -78,8 +78,9 @@ def launch_sweep(
         for backbone in sweep.backbones
     }
     for backbone, origin in weights.items():
-        instead = f" (not {'; '.join(origin.passed_over)})" if origin.passed_over else ""
-        tell(f"weights {backbone}: {origin.origin}{instead}")
+        tell(f"weights {backbone}: {origin.origin}")
+        for reason in origin.passed_over:
+            tell(f"        {reason}")
     _tell_data(manifest, pack, tell)
     with contextlib.ExitStack() as stack:
         if address is not None:
