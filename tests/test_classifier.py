@@ -346,6 +346,7 @@ def test_validation_scores_are_scikit_learns(make_module: MakeModule, make_data:
 # Replaying and resuming
 
 
+@pytest.mark.slow
 def test_two_fits_with_one_seed_are_bit_equal_and_another_seed_differs(
     make_module: MakeModule, tiny_data: Data
 ) -> None:
@@ -378,6 +379,7 @@ def test_four_epochs_equal_two_and_two_resumed_bit_for_bit(
     assert rest.epochs == {epoch: whole.epochs[epoch] for epoch in (2, 3)}
 
 
+@pytest.mark.slow
 def test_an_epochs_loss_depends_on_the_weights_and_the_epoch_alone(
     make_module: MakeModule, tiny_data: Data, tmp_path: Path
 ) -> None:
@@ -510,6 +512,7 @@ def load(path: Path, **changes: Any) -> ImageClassifier:
     return ImageClassifier.load_from_checkpoint(path, weights_only=True, **changes).eval()
 
 
+@pytest.mark.slow
 def test_a_head_only_checkpoint_holds_the_head_alone(
     make_module: MakeModule, tiny_data: Data, tmp_path: Path
 ) -> None:
@@ -537,6 +540,7 @@ def test_a_checkpoint_holds_the_trained_stages_and_their_statistics(
     assert "backbone.stages.4.0.conv.0.1.running_var" in state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("depth", "changes"),
     [

@@ -159,9 +159,9 @@ def check_killed_at(
     assert len(kept) == 3, "keep_trials"
 
 
-@pytest.fixture
-def expected(tmp_path: Path) -> list[Any]:
-    sweep = make_sweep(tmp_path / "left-alone")
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    sweep = make_sweep(tmp_path_factory.mktemp("left-alone"))
     sweep.folder.mkdir(parents=True)
     run(Record.create(sweep, {}))
     return outcome(Record.open(sweep).trials())
@@ -255,5 +255,5 @@ def test_a_time_budget_ends_every_trial_and_tells_it(
     assert len(resumed) == 7
 
 
-def test_no_trial_stays_running(expected: list[Any], tmp_path: Path) -> None:
+def test_no_trial_stays_running(expected: list[Any]) -> None:
     assert "running" not in {state for _, _, _, state, _, _ in expected}

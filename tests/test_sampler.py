@@ -101,6 +101,7 @@ def distance_to(peak: tuple[float, float], study: Study, mode: str = "max") -> f
 
 
 # A Gaussian process takes its time: a smaller space, and fewer trials than the others.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "trials", "space"),
     [(kind, 15, SPACE) if kind != "gp" else (kind, 12, NUMBERS) for kind in SAMPLERS],

@@ -82,6 +82,7 @@ def test_a_file_loads_bit_for_bit(tmp_path: Path, suffix: str) -> None:
     assert torch.equal(backbone.stages[2][1].conv[0][0].weight, state[MIDDLE])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_backbone_and_a_head_load_strictly_into_torchvisions_network(
     tmp_path: Path, name: str
@@ -460,6 +461,7 @@ def test_without_a_network_the_next_entry_is_used(hub: Path, no_network: list[st
 # Real weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_real_weights_load(shared_data: Path, name: str) -> None:
     found = find_weights(str(shared_data / "weights"), backbone=name, seed=0)
