@@ -29,7 +29,17 @@ SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
 # A model is fitted on a scratch study in memory, one for each proposal: not worth a line each.
 logging.getLogger("optuna.storages._in_memory").setLevel(logging.WARNING)
 
+# Two levers of the rung samplers, set by measurement on 17 of the 34 tasks of
+# experiments/benchmarks/search_quality.py; mean regret ± standard error over seeds, less is better.
+#
+# The model looks at the highest rung that so many trials have reached. Few trials that trained long
+# tell more than many that did not: at a budget of 10 full trainings 0.283 ± 0.005 with 5, 0.314 ±
+# 0.006 with 10, 0.322 ± 0.005 with 20 (30 seeds, a sixth random); 3 is no better than 5.
 MIN_OBSERVATIONS = 5
+# So many trials are drawn without the model, which otherwise stays with what it found first. BOHB's
+# own share; a budget of 60 does not tell it from less: 0.116 ± 0.007, a sixth 0.118 ± 0.006, none
+# 0.128 ± 0.009. These trials, and those before the model, are points of a Sobol sequence, which at
+# a budget of 5 gives 0.414 ± 0.007 where plain random draws give 0.445 ± 0.008.
 RANDOM_SHARE = 1 / 3
 
 
@@ -132,7 +142,8 @@ class RungTPESampler(_SpaceSampler):
     that trained to the end; Ray's OptunaSearch even tells it as complete. As BOHB does (Falkner et
     al. 2018, arXiv 1807.01774), this one compares trials at one epoch only: that of the highest
     rung which enough trials have reached, for ASHA (Li et al. 2018, arXiv 1810.05934) leaves few at
-    the top.
+    the top. Trials stopped below that rung are left out: placed behind those that reached it, they
+    undo the gain, since early losers then decide what counts as bad.
 
     Args:
         space: The domain of each parameter.
@@ -184,7 +195,7 @@ class RungTPESampler(_SpaceSampler):
 
 
 class _RungGPSampler(RungTPESampler):
-    """The same with a Gaussian process: better with few parameters and trials, and slower."""
+    """The same with a Gaussian process; a proposal takes a second rather than milliseconds."""
 
     def _model(self, seed: int) -> BaseSampler:
         return GPSampler(n_startup_trials=1, seed=seed)
@@ -289,8 +300,9 @@ class _GridSampler(_SpaceSampler):
 def _value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
     """Return a trial's best value up to an epoch; None if it was stopped before, or diverged.
 
-    The best and not the last, since the best epoch's checkpoint is what a sweep keeps. A complete
-    trial that ended before the epoch had nothing more to gain, so it counts there too.
+    The best and not the last, since the best epoch's checkpoint is what a sweep keeps; the regret
+    of the two could not be told apart. A complete trial that ended before the epoch had nothing
+    more to gain, so it counts there too.
     """
     if trial.state == TrialState.FAIL:
         return None

@@ -194,7 +194,7 @@ def test_killed_at_every_write(tmp_path: Path, expected: list[Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cma_es", "grid"])
 def test_every_sampler_goes_on_as_if_nothing_had_happened(tmp_path: Path, sampler: str) -> None:
-    # 14 trials: the models take over after 10; the grid has 9 points beside the baseline. The
+    # 14 trials: the models take over after 5; the grid has 9 points beside the baseline. The
     # kills fall on each write of a late epoch.
     num_trials = 10 if sampler == "grid" else 14
     sweep = make_sweep(tmp_path / sampler, sampler, num_trials)

@@ -154,6 +154,13 @@ def test_params_stay_inside_the_space_and_differ_by_seed(kind: str) -> None:
     assert len({tuple(params.values()) for params in draws}) > 15
 
 
+def test_the_first_trials_cover_every_part_of_each_range() -> None:
+    study = optuna.create_study(direction="maximize")
+    drawn = [ask(study, "tpe", NUMBERS).params for _ in range(8)]  # none has reported yet
+    for name in NUMBERS:
+        assert sorted(int(params[name] * 8) for params in drawn) == list(range(8))
+
+
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_an_enqueued_trial_keeps_its_params(kind: str) -> None:
     study = optuna.create_study(direction="maximize")

@@ -301,7 +301,7 @@ def main() -> None:
             print(f"\r{len(tasks)}/{len(names)} tasks", end="", file=sys.stderr, flush=True)
 
     # The levers of RungTPESampler were chosen on every other task, so the rest are the fair half.
-    groups = {"all": tasks, "held out": tasks[1::2]}
+    groups = {"all": tasks} | ({"held out": tasks[1::2]} if len(tasks) > 1 else {})
     summaries = {name: summarise(group) for name, group in groups.items()}
     print(f"\nMean normalised regret (0 best known, 1 median configuration), {options.seeds} seeds")
     for name, summary in summaries.items():
