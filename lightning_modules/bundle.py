@@ -3,7 +3,6 @@
 Reading one needs neither the sweep nor torch.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import onnxruntime
 
 from lightning_modules.data.decode import decode_file
 from lightning_modules.errors import InputError
+from lightning_modules.files import sha256_of
 
 FORMAT = 1
 
@@ -123,12 +123,6 @@ def load_bundle(folder: Path) -> Bundle:
             f"{expected}; it has {shapes}: export it again"
         )
     return bundle
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_config(path: Path) -> dict[str, Any]:

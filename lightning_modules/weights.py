@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_modules.backbones import Backbone, build_network
 from lightning_modules.errors import InputError
+from lightning_modules.files import sha256_of
 from lightning_modules.stages import HEAD_MODULE
 
 # The recipe of the published comparisons: torchvision's first weights, not the longer second one.
@@ -195,7 +196,7 @@ def _download_imagenet(backbone: str) -> Path:
     path: Path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     # torchvision names its files by the first eight digits of their SHA-256.
     expected = path.stem.rsplit("-", 1)[1]
-    if path.is_file() and _sha256_of_file(path).startswith(expected):
+    if path.is_file() and sha256_of(path).startswith(expected):
         return path
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     timeout_s = socket.getdefaulttimeout()
@@ -256,11 +257,6 @@ def _backbone_state(
     return from_torchvision(
         backbone, {name: tensor.to(expected[name].dtype) for name, tensor in given.items()}
     )
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

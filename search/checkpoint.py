@@ -11,6 +11,7 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 
 from lightning_modules.errors import InputError
+from lightning_modules.files import write_atomically
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -36,15 +37,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self.last_digest = hashlib.sha256(content).hexdigest()
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(target, content)
         _fsync_folder(target.parent)
 
     def load_checkpoint(

@@ -1,19 +1,16 @@
 """Which checkpoint files of a sweep are whole, and which may go; none is opened as a checkpoint."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from lightning_modules.files import sha256_of
 from search.record import CheckpointFile, Epoch
 
 
 def is_whole(folder: Path, checkpoint: CheckpointFile) -> bool:
     """Tell whether a checkpoint is there and is the one that was recorded."""
     path = folder / checkpoint.path
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == checkpoint.digest
+    return path.is_file() and sha256_of(path) == checkpoint.digest
 
 
 def newest_whole(folder: Path, epochs: tuple[Epoch, ...]) -> Epoch | None:

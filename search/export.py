@@ -14,11 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.bundle import CONFIG_FILE, FORMAT, Bundle, load_bundle, sha256_of
+from lightning_modules.bundle import CONFIG_FILE, FORMAT, Bundle, load_bundle
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
+from lightning_modules.files import sha256_of
 from lightning_modules.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -27,9 +27,10 @@ import ray
 import torch
 from ray import tune
 
-from lightning_modules.data.manifest import SPLITS, Manifest, write_atomically
+from lightning_modules.data.manifest import SPLITS, Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
+from lightning_modules.files import write_atomically
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_same_data

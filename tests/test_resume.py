@@ -134,7 +134,7 @@ def test_a_sweep_killed_three_times_ends_as_one_left_alone(
     # Nothing is left over: two checkpoints kept, no temporary file, no process.
     kept = sorted((storage / "resumed" / "trials").rglob("*.ckpt"))
     assert len(kept) == 2
-    assert not list((storage / "resumed").rglob("*.partial"))
+    assert not list((storage / "resumed").rglob("*.tmp"))
     assert not ray_processes(), "processes of a killed sweep live on"
 
 

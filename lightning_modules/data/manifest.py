@@ -12,7 +12,6 @@ import os
 import posixpath
 import re
 import stat
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lightning_modules.errors import InputError
+from lightning_modules.files import write_atomically
 
 COLUMNS = ("path", "label", "group_id", "source", "split")
 SPLITS = ("train", "val", "test")
@@ -129,23 +129,6 @@ def read_manifest(path: Path, *, group_pattern: str | None = None) -> Manifest:
     _check_files(file, root, paths)
     further = [column for column in frame.columns if column not in COLUMNS]
     return Manifest(root, frame[[*COLUMNS, *further]])
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary name in the same folder, fsync, rename.
-
-    Raises:
-        OSError: If the file cannot be written; the temporary file is gone by then.
-    """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def some_of(items: Sequence[str], limit: int = 10) -> str:

@@ -30,8 +30,9 @@ from lightning_modules.data.decode import (
     decode_file,
     one_line,
 )
-from lightning_modules.data.manifest import Manifest, some_of, write_atomically
+from lightning_modules.data.manifest import Manifest, some_of
 from lightning_modules.errors import InputError
+from lightning_modules.files import write_atomically
 
 _STALE_S = 86_400.0  # a temporary file untouched for a day was left by a killed process
 

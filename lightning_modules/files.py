@@ -1,0 +1,29 @@
+"""Files that are whole or absent, and known by their digest."""
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a file whole or not at all: temporary name in the same folder, fsync, rename.
+
+    Raises:
+        OSError: If the file cannot be written; the temporary file is gone by then.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
