@@ -48,27 +48,38 @@ class Backbone(nn.Module):
         assert isinstance(head, nn.Linear)  # noqa: S101  narrows the type; true for both networks
         self.num_features = head.in_features
 
-    def forward(self, images: Tensor, first_stage: int = 0) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Return globally average-pooled features.
 
         Args:
-            images: Shape ``(B, 3, H, W)``, float, normalised as the initial weights expect; or,
-                with ``first_stage`` above 0, the output of the stage before it.
-            first_stage: The stage to start from; the stages below it are left out.
+            images: Shape ``(B, 3, H, W)``, float, normalised as the initial weights expect.
 
         Returns:
             Shape ``(B, num_features)``, float.
         """
-        activations = images
+        return pool(self.run(images, first_stage=0))
+
+    def run(self, activations: Tensor, *, first_stage: int) -> Tensor:
+        """Return what the last stage makes of the activations that one of the stages is given.
+
+        Args:
+            activations: Shape ``(B, C, h, w)``: the output of the stage before ``first_stage``.
+            first_stage: The stage to start from; the stages below it are left out.
+        """
         for stage in self.stages[first_stage:]:
             activations = stage(activations)
-        return activations.mean(dim=(2, 3))
+        return activations
 
     def torchvision_names(self) -> Iterator[tuple[str, str]]:
         """Yield (prefix in this module, prefix in torchvision's network) for each submodule."""
         for stage_index, modules in enumerate(STAGE_MODULES[self.name]):
             for module_index, module in enumerate(modules):
                 yield f"stages.{stage_index}.{module_index}.", f"{module}."
+
+
+def pool(activations: Tensor) -> Tensor:
+    """Return the mean over height and width: ``(B, C, h, w)`` to ``(B, C)``."""
+    return activations.mean(dim=(2, 3))
 
 
 def build_network(name: str) -> nn.Module:

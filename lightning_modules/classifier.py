@@ -9,10 +9,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -22,11 +20,14 @@ from torchmetrics.classification import (
 
 from lightning_modules.augmentation import Views
 from lightning_modules.augmentation_settings import AugmentationSettings
-from lightning_modules.backbones import freeze_below
-from lightning_modules.data.datamodule import Batch
+from lightning_modules.backbones import freeze_below, pool
+from lightning_modules.data.datamodule import Batch, Steps
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
-from lightning_modules.weights import IMAGENET_MEAN, IMAGENET_STD, digest_of, load_weights
+from lightning_modules.weights import IMAGENET_MEAN, IMAGENET_STD, initial_backbone, initial_digest
+
+# Images that frozen stages are given at once on a CPU.
+FROZEN_BLOCK = 16
 
 
 class ImageClassifier(pl.LightningModule):
@@ -95,6 +96,8 @@ class ImageClassifier(pl.LightningModule):
         augmentation_strength: float = 1.0,
     ) -> None:
         super().__init__()
+        # What Lightning takes for a batch is an epoch of steps, see ``Steps``.
+        self.automatic_optimization = False
         # Plain values only: what Lightning stores must load with weights_only=True.
         self.save_hyperparameters(logger=False)
         self.lr = lr
@@ -106,7 +109,7 @@ class ImageClassifier(pl.LightningModule):
         self.seed = seed
 
         path = None if weights_path is None else Path(weights_path)
-        self.backbone = load_weights(backbone, path, seed=weights_seed)
+        self.backbone = initial_backbone(backbone, path, seed=weights_seed)
         self.frozen_stages = len(freeze_below(list(self.backbone.stages), unfreeze_depth))
         self.dropout = nn.Dropout(dropout)
         with torch.random.fork_rng(devices=[]):
@@ -126,13 +129,13 @@ class ImageClassifier(pl.LightningModule):
         self.register_buffer("class_weights", weights, persistent=False)
         scores = MetricCollection(
             {
-                "macro_f1": MulticlassF1Score(num_classes, average="macro"),
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+                "macro_f1": MulticlassF1Score(num_classes, average="macro", validate_args=False),
+                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
             }
         )
         self.train_scores = scores.clone(prefix="train_")
         self.val_scores = scores.clone(prefix="val_")
-        self.val_confusion = MulticlassConfusionMatrix(num_classes)
+        self.val_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
 
     def forward(self, intensities: Tensor) -> Tensor:
         """Return class logits.
@@ -143,39 +146,139 @@ class ImageClassifier(pl.LightningModule):
         Returns:
             Shape ``(B, num_classes)``.
         """
+        return self.logits(self.pass_frozen(self.normalise(intensities)))
+
+    def normalise(self, intensities: Tensor) -> Tensor:
+        """Return three channels ``(B, 3, H, W)``, channels last, as the initial weights expect."""
         images = (intensities - self.mean) / self.std
-        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def frozen_features(self, images: Tensor, rows: Tensor, *, epoch: int | None) -> Tensor:
+        """Return what the frozen stages make of images; the normalised images if none is frozen.
+
+        Args:
+            images: Shape ``(B, 1, H, W)``, uint8 grey.
+            rows: Shape ``(B,)``, int64: the images' row numbers.
+            epoch: Whose views to take; none for the images as they are.
+
+        Returns:
+            What ``logits`` takes. It has no gradient.
+        """
+        with torch.no_grad():
+            if epoch is None:
+                intensities = images.to(torch.float32) / 255
+            else:
+                intensities = self.views(images, epoch=epoch, samples=rows)
+            return self.pass_frozen(self.normalise(intensities))
+
+    def pass_frozen(self, activations: Tensor, first_stage: int = 0) -> Tensor:
+        """Pass activations through the frozen stages, from one of them on.
+
+        On a CPU the stages are always given the same number of images. Which kernel is chosen, and
+        in which order it adds up, depends on that number: so an image's features are the same to
+        the last bit whatever batch it comes in, and can be stored.
+
+        Args:
+            activations: What the stage before ``first_stage`` returns; normalised images for 0.
+            first_stage: The stage to start from.
+
+        Returns:
+            Shape ``(B, C, h, w)``; ``(B, num_features)``, pooled, if every stage is frozen.
+        """
+        stages = self.backbone.stages[first_stage : self.frozen_stages]
+        if not len(stages):
+            return activations
+        is_pooled = self.frozen_stages == len(self.backbone.stages)
+        blocks = [activations]
+        if activations.device.type == "cpu":
+            padding = activations[:1].expand(-len(activations) % FROZEN_BLOCK, -1, -1, -1)
+            padded = torch.cat([activations, padding]) if len(padding) else activations
+            blocks = list(padded.split(FROZEN_BLOCK))
+        outputs = []
+        for block in blocks:
+            for stage in stages:
+                block = stage(block)
+            outputs.append(pool(block) if is_pooled else block)
+        return torch.cat(outputs)[: len(activations)]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return class logits ``(B, num_classes)`` of what the frozen stages return."""
+        if self.frozen_stages < len(self.backbone.stages):
+            features = pool(self.backbone.run(features, first_stage=self.frozen_stages))
         return self.head(self.dropout(features))  # type: ignore[no-any-return]  # nn.Module: Any
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the loss on the batch's views of this epoch."""
-        images, labels, rows = batch
-        # Dropout as a function of (seed, epoch, batch), whatever drew from the generator before.
-        torch.manual_seed(derive_seed("step", self.seed, self.current_epoch, batch_index))
-        logits = self(self.views(images, epoch=self.current_epoch, samples=rows))
+    def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss and the logits of a training step, on views of the current epoch."""
+        logits = self.logits(self._features(batch, epoch=self.current_epoch))
         loss = F.cross_entropy(
-            logits, labels, weight=self.class_weights, label_smoothing=self.label_smoothing
+            logits, batch.labels, weight=self.class_weights, label_smoothing=self.label_smoothing
         )
-        self.train_scores.update(logits.detach(), labels)
-        self.log_dict(self.train_scores, on_step=False, on_epoch=True)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
-        return loss
+        return loss, logits
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Score the batch's images as they are."""
-        images, labels, _ = batch
-        logits = self(images.to(torch.float32) / 255).float()
+    def training_step(self, steps: Steps, batch_index: int) -> None:
+        """Train on the views of one epoch, step by step."""
+        optimizer: Any = self.optimizers()
+        logits, labels, losses = [], [], []
+        for index, batch in enumerate(steps):
+            self._set_lr(optimizer, self.current_epoch * len(steps) + index, len(steps))
+            # Dropout as a function of (seed, epoch, step), whatever drew from the generator before.
+            self._seed_dropout(derive_seed("step", self.seed, self.current_epoch, index))
+            loss, step_logits = self.loss_of(batch)
+            optimizer.zero_grad()
+            # Lightning's autocast spans the whole epoch; it is meant for the way forward.
+            with torch.autocast(self.device.type, enabled=False):
+                loss.backward()
+                optimizer.step()
+            logits.append(step_logits.detach())
+            labels.append(batch.labels)
+            losses.append(loss.detach())
+        self.train_scores.update(torch.cat(logits), torch.cat(labels))
+        self.log_dict(self.train_scores, on_step=False, on_epoch=True, batch_size=1)
+        self.log(
+            "train_loss", torch.stack(losses).mean(), on_step=False, on_epoch=True, batch_size=1
+        )
+
+    def validation_step(self, steps: Steps, batch_index: int) -> None:
+        """Score the validation images as they are."""
+        pairs = [(self.logits(self._features(b, epoch=None)).float(), b.labels) for b in steps]
+        logits, labels = (torch.cat(values) for values in zip(*pairs, strict=True))
         self.val_scores.update(logits, labels)
         self.val_confusion.update(logits, labels)
-        self.log_dict(self.val_scores)
-        self.log("val_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log_dict(self.val_scores, batch_size=1)
+        self.log("val_loss", F.cross_entropy(logits, labels), batch_size=1)
+
+    def _features(self, batch: Batch, *, epoch: int | None) -> Tensor:
+        if batch.features is not None:
+            return batch.features
+        assert batch.images is not None  # noqa: S101  one of the two is there; narrows the type
+        return self.frozen_features(batch.images, batch.rows, epoch=epoch)
+
+    def _seed_dropout(self, seed: int) -> None:
+        """Set the global generator of this device alone.
+
+        Where CUDA is not in use ``torch.manual_seed`` remembers every call, with its traceback, for
+        the day that it is.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    def _set_lr(self, optimizer: Optimizer, step: int, steps_an_epoch: int) -> None:
+        factor = lr_factor(
+            step,
+            warmup_steps=round(self.warmup_epochs * steps_an_epoch),
+            total_steps=self.max_epochs * steps_an_epoch,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * factor
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch's confusion matrix; it is kept until then for whoever draws it."""
         self.val_confusion.reset()
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return AdamW over what is trained, with warm-up and a cosine, step by step."""
+    def configure_optimizers(self) -> AdamW:
+        """Return AdamW over what is trained; its learning rates are set step by step."""
         groups = []
         for module, lr in (
             (self.head, self.lr),
@@ -184,24 +287,20 @@ class ImageClassifier(pl.LightningModule):
             trained = [p for p in module.parameters() if p.requires_grad]
             weights = [p for p in trained if p.ndim > 1]
             scales = [p for p in trained if p.ndim <= 1]
-            groups.append({"params": weights, "lr": lr, "weight_decay": self.weight_decay})
-            groups.append({"params": scales, "lr": lr, "weight_decay": 0.0})
-        optimizer = AdamW([group for group in groups if group["params"]])
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        warmup_steps = round(self.warmup_epochs * total_steps / self.max_epochs)
-        schedule = LambdaLR(
-            optimizer,
-            lambda step: lr_factor(step, warmup_steps=warmup_steps, total_steps=total_steps),
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+            groups.append({"params": weights, "full_lr": lr, "weight_decay": self.weight_decay})
+            groups.append({"params": scales, "full_lr": lr, "weight_decay": 0.0})
+        return AdamW([group for group in groups if group["params"]], fused=True)
 
     @cached_property
     def frozen_digest(self) -> str:
-        """SHA-256 of the frozen stages; they never change, so it is taken once."""
-        return digest_of(self.backbone.stages[: self.frozen_stages])
+        """SHA-256 of the frozen stages, which are what they were initially."""
+        given = self.hparams["weights_path"]
+        return initial_digest(
+            self.backbone.name,
+            None if given is None else Path(given),
+            seed=self.hparams["weights_seed"],
+            num_stages=self.frozen_stages,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained, and the digest of the rest."""

@@ -3,6 +3,8 @@
 They are found once, before a sweep starts; trials get a local file and its digest.
 """
 
+import copy
+import functools
 import hashlib
 import http.client
 import os
@@ -99,6 +101,36 @@ def load_weights(backbone: str, path: Path | None, *, seed: int) -> Backbone:
     if path is not None:
         built.load_state_dict(_backbone_state(built, read_state_dict(path), path))
     return built
+
+
+def initial_backbone(backbone: str, path: Path | None, *, seed: int) -> Backbone:
+    """Return what ``load_weights`` does, read once a process and copied from then on."""
+    return copy.deepcopy(_initial(backbone, path, _version_of(path), seed))
+
+
+def initial_digest(backbone: str, path: Path | None, *, seed: int, num_stages: int) -> str:
+    """Return ``digest_of`` the first stages of the initial backbone; taken once a process."""
+    return _initial_digest(backbone, path, _version_of(path), seed, num_stages)
+
+
+@functools.lru_cache(maxsize=4)
+def _initial(backbone: str, path: Path | None, version: tuple[int, int], seed: int) -> Backbone:
+    return load_weights(backbone, path, seed=seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _initial_digest(
+    backbone: str, path: Path | None, version: tuple[int, int], seed: int, num_stages: int
+) -> str:
+    return digest_of(_initial(backbone, path, version, seed).stages[:num_stages])
+
+
+def _version_of(path: Path | None) -> tuple[int, int]:
+    """Return what changes when a file does; a missing one is reported when it is read."""
+    if path is None or not path.is_file():
+        return 0, 0
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data.datamodule import Steps
+from lightning_modules.feature_cache import FeatureCache
 from search.checkpoint import AtomicCheckpointIO
 from search.figures import draw_confusion, tile
 from search.record import CheckpointFile
@@ -45,6 +47,7 @@ class ReportEpoch(pl.Callback):
             that outlives its sweep cannot touch the files of the one that took over.
         resume: Where an earlier attempt got to, none if nowhere.
         checkpoint_io: The trainer's.
+        cache: Asked what became of the frozen stages' features.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ReportEpoch(pl.Callback):
         attempt: int,
         resume: dict[str, Any] | None,
         checkpoint_io: AtomicCheckpointIO,
+        cache: FeatureCache,
     ) -> None:
         self.folder = folder
         self.trial_folder = trial_folder
@@ -64,6 +68,7 @@ class ReportEpoch(pl.Callback):
         self.sign = 1.0 if mode == "max" else -1.0
         self.attempt = attempt
         self.checkpoint_io = checkpoint_io
+        self.cache = cache
         self.last: CheckpointFile | None = None
         self.best: CheckpointFile | None = None
         self.best_value = -math.inf
@@ -110,6 +115,7 @@ class ReportEpoch(pl.Callback):
                 "confusion": _confusion(pl_module).tolist(),
                 "last": None if self.last is None else asdict(self.last),
                 "best": None if self.best is None else asdict(self.best),
+                "features": self.cache.outcome,
                 "ran_on": f"{socket.gethostname()} {pl_module.device} {trainer.precision}",
             }
         )
@@ -172,14 +178,15 @@ class TensorBoardCurves(pl.Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: Steps,
         batch_idx: int,
     ) -> None:
         """Show what the first batch of a trial looked like to the network."""
-        if batch_idx == 0 and trainer.current_epoch == 0:
-            images, _, rows = batch
+        if trainer.current_epoch == 0:
             assert isinstance(pl_module, ImageClassifier)  # noqa: S101  narrows the type
-            views = pl_module.views(images[:16], epoch=0, samples=rows[:16])
+            rows = batch.rows[0][:16]
+            images = batch.data.images[rows].unsqueeze(1).to(pl_module.device)
+            views = pl_module.views(images, epoch=0, samples=rows)
             self.writer.add_image("views/augmented training images", tile(views), 0)
             self.writer.flush()
 

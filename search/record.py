@@ -67,6 +67,7 @@ class Epoch:
         best: Of the best epoch so far.
         stopped: Why the trial ended with this epoch: ``asha``, ``diverged``, ``time_budget``,
             ``max_epochs``; empty if it went on.
+        features: What became of the frozen stages' features: cached, or computed, and why.
         ran_on: Host, device, and precision.
     """
 
@@ -76,6 +77,7 @@ class Epoch:
     last: CheckpointFile | None
     best: CheckpointFile | None
     stopped: str
+    features: str
     ran_on: str
 
 
@@ -184,6 +186,10 @@ class Record:
     def facts(self) -> dict[str, Any]:
         """What holds for the whole sweep."""
         return self._study.user_attrs
+
+    def add_fact(self, name: str, value: Any) -> None:
+        """Record something that holds for the whole sweep and is known only once it runs."""
+        self._study.set_user_attr(name, value)
 
     def draw(self) -> Trial:
         """Draw the next trial's params and record it as running, all in one commit.

@@ -168,6 +168,7 @@ class StudyRecorder(Callback):
             last=_file(result["last"]),
             best=_file(result["best"]),
             stopped=stopped,
+            features=result["features"],
             ran_on=result["ran_on"],
         )
         if not self.storage_error:

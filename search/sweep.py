@@ -97,7 +97,7 @@ class TrainingSettings:
     Attributes:
         max_epochs: A trial that is never stopped runs this many.
         warmup_epochs: Linear warm-up of the learning rate; fractions are fine.
-        precision: ``auto`` takes bf16-mixed where the hardware computes in it.
+        precision: ``auto`` takes bf16-mixed for a backbone if it is faster, which is measured.
     """
 
     max_epochs: int = 12
@@ -149,11 +149,15 @@ class ResourceSettings:
     Attributes:
         cpus_per_trial: Cores; also its number of threads.
         gpus_per_trial: A fraction packs several trials on one GPU. If not given: one where the
-            cluster has GPUs, else none.
+            cluster has GPUs, as small a fraction as its memory allows; else none.
+        feature_cache_gib: Most that the features of frozen stages may take on a node's disk; 0
+            computes them anew in every trial. If not given: half of the memory, or of the free
+            disk if that is less.
     """
 
     cpus_per_trial: int = 1
     gpus_per_trial: float | None = None
+    feature_cache_gib: float | None = None
 
 
 WeightsSpec = str | tuple[str, ...]

@@ -1,21 +1,28 @@
 """One trial, inside a warm Ray worker: from params to reported epochs."""
 
+import functools
 import logging
+import os
+import shutil
 import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import PackDataModule, balanced_class_weights
 from lightning_modules.data.manifest import Manifest
-from lightning_modules.data.pack import Pack
+from lightning_modules.data.pack import Pack, default_cache_dir
+from lightning_modules.errors import InputError
+from lightning_modules.feature_cache import FeatureCache
+from lightning_modules.feature_store import FeatureStore
 from lightning_modules.weights import WeightOrigin
 from search.callbacks import ReportEpoch, TensorBoardCurves
 from search.checkpoint import AtomicCheckpointIO
 from search.data import check_same_data, prepare_data
+from search.space import Choice
 from search.sweep import Sweep, TrialParams
 
 # Lightning warns of what is meant here: frozen stages in eval mode, batches without worker
@@ -29,69 +36,73 @@ for message in (
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 
 
-def train_trial(
-    config: dict[str, Any],
-    *,
-    sweep: Sweep,
-    manifest: Manifest,
-    pack: Pack,
-    weights: dict[str, WeightOrigin],
-    on_gpu: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all trials of one run of a sweep share.
+
+    Attributes:
+        sweep: Its settings.
+        manifest: The images' labels and splits.
+        pack: The images; decoded again if a node does not have them.
+        weights: Each backbone's initial weights, as a file that every node can read.
+        precisions: What each backbone is trained in, as Lightning names it.
+        on_gpu: Whether a trial is given a GPU; one may be visible without.
+        started_s: When the run began, in seconds since 1970.
+    """
+
+    sweep: Sweep
+    manifest: Manifest
+    pack: Pack
+    weights: dict[str, WeightOrigin]
+    precisions: dict[str, str]
+    on_gpu: bool
+    started_s: float
+
+
+def train_trial(config: dict[str, Any], *, run: Run) -> None:
     """Train one trial and report each epoch to Ray Tune, which may end it there.
 
     Args:
         config: What ``StudySearcher.suggest`` returned.
-        sweep: What all trials share.
-        manifest: The images' labels and splits.
-        pack: The images; decoded again if this node does not have them.
-        weights: Each backbone's initial weights, as a file that every node can read.
-        on_gpu: Whether the trial was given a GPU; one may be visible without.
+        run: What all trials share.
     """
-    params = TrialParams(**config["params"])
     curves = TensorBoardCurves(
-        log_dir=sweep.folder / "tensorboard" / config["name"],
+        log_dir=run.sweep.folder / "tensorboard" / config["name"],
         params=config["params"],
-        classes=manifest.classes,
-        metric=sweep.metric,
+        classes=run.manifest.classes,
+        metric=run.sweep.metric,
         resume=config["resume"],
     )
     try:
-        _fit(
-            config, params, curves, sweep=sweep, manifest=manifest, pack=pack, weights=weights,
-            on_gpu=on_gpu,
-        )  # fmt: skip
+        _fit(config, _with_images(run), curves)
     finally:
         # Lightning tears nothing down after an exception, and a stopped trial ends by one.
         curves.close()
 
 
-def _fit(
-    config: dict[str, Any],
-    params: TrialParams,
-    curves: TensorBoardCurves,
-    *,
-    sweep: Sweep,
-    manifest: Manifest,
-    pack: Pack,
-    weights: dict[str, WeightOrigin],
-    on_gpu: bool,
-) -> None:
-    resume = config["resume"]
-    if not pack.path.is_file():
-        facts = {"manifest_digest": manifest.digest, "pack_digest": pack.digest}
-        manifest, pack = prepare_data(sweep)
-        check_same_data(facts, manifest, pack)
+def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves) -> None:
+    sweep, resume = run.sweep, config["resume"]
+    params = TrialParams(**config["params"])
+    precision: Any = run.precisions[params.backbone]
     module = build_module(
-        params, sweep=sweep, manifest=manifest, weights=weights, seed=config["seed"]
+        params, sweep=sweep, manifest=run.manifest, weights=run.weights, seed=config["seed"]
     )
     data = PackDataModule(
-        manifest,
-        pack,
+        run.manifest,
+        run.pack,
         batch_size=params.batch_size,
         seed=config["seed"],
         balanced_sampling=sweep.data.class_balance == "balanced_sampling",
     )
+    cache = FeatureCache(
+        module,
+        data,
+        store=feature_store(sweep.resources.feature_cache_gib, since_s=run.started_s),
+        weights_digest=run.weights[params.backbone].digest,
+        precision=precision,
+        views_are_shared=_are_views_shared(sweep),
+    )
+    data.features_of = cache.features
     checkpoint_io = AtomicCheckpointIO()
     report = ReportEpoch(
         folder=sweep.folder,
@@ -101,12 +112,13 @@ def _fit(
         attempt=config["attempt"],
         resume=resume,
         checkpoint_io=checkpoint_io,
+        cache=cache,
     )
     trainer = pl.Trainer(
-        accelerator="gpu" if on_gpu else "cpu",
+        accelerator="gpu" if run.on_gpu else "cpu",
         devices=1,
         max_epochs=sweep.training.max_epochs,
-        precision=choose_precision(sweep.training.precision, params.backbone, on_gpu=on_gpu),
+        precision=precision,
         callbacks=[curves, report],  # the report comes last: it may not return
         # Not Slurm's or another: a trial is one process, wherever it was launched.
         plugins=[LightningEnvironment(), checkpoint_io],
@@ -118,6 +130,44 @@ def _fit(
     )
     start_from = None if resume is None else str(sweep.folder / resume["last"]["path"])
     trainer.fit(module, datamodule=data, ckpt_path=start_from)
+
+
+def _with_images(run: Run) -> Run:
+    """Decode the images if this node does not have them."""
+    if run.pack.path.is_file():
+        return run
+    facts = {"manifest_digest": run.manifest.digest, "pack_digest": run.pack.digest}
+    manifest, pack = prepare_data(run.sweep)
+    check_same_data(facts, manifest, pack)
+    return replace(run, manifest=manifest, pack=pack)
+
+
+def _are_views_shared(sweep: Sweep) -> bool:
+    """Tell whether trials see the same views: not if each draws a strength of its own."""
+    strength = sweep.space.get("augmentation_strength")
+    return strength is None or isinstance(strength, Choice) or sweep.search.sampler == "grid"
+
+
+@functools.cache
+def feature_store(limit_gib: float | None, *, since_s: float) -> FeatureStore | None:
+    """Return the node's store of features; none if it is turned off, or has no folder.
+
+    Args:
+        limit_gib: Its size; half of the memory, or of the disk's free space if that is less, where
+            none is given: files that do not stay in memory are read from the disk every epoch.
+        since_s: When the run began.
+    """
+    try:
+        folder = default_cache_dir() / "features"
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        free_bytes = shutil.disk_usage(folder.parent).free
+    except (InputError, OSError):
+        return None
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = min(memory_bytes, free_bytes) / 2 if limit_gib is None else limit_gib * 2**30
+    if limit == 0:
+        return None
+    return FeatureStore(folder, limit_bytes=int(limit), since_s=since_s)
 
 
 def build_module(
@@ -154,19 +204,3 @@ def build_module(
         },
         augmentation_strength=params.augmentation_strength,
     )
-
-
-def choose_precision(setting: str, backbone: str, *, on_gpu: bool) -> Any:
-    """Return the precision to train in: bf16-mixed where it is computed in hardware and pays.
-
-    On CPUs with AMX, ResNet-50 trained about twice as fast in bf16 and MobileNetV2, whose
-    depthwise convolutions are bound by memory, no faster.
-    """
-    if setting != "auto":
-        return setting
-    if on_gpu:
-        return (
-            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-        )
-    has_amx = torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if has_amx and backbone == "resnet50" else "32-true"

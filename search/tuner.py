@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import platform
 import secrets
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,6 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
-import torch
 from ray import tune
 
 from lightning_modules.data.manifest import SPLITS, Manifest
@@ -36,10 +35,20 @@ from search.config import dump_sweep
 from search.data import check_same_data
 from search.progress import Progress
 from search.record import Record
+from search.resources import (
+    Shares,
+    check_devices,
+    max_concurrent,
+    max_trials_per_gpu,
+    measure,
+    share_of,
+    shares_of,
+    whole_resources,
+)
 from search.scheduler import ResumableASHA
 from search.searcher import EndOfSweep, StudyRecorder, StudySearcher
-from search.sweep import Sweep
-from search.trial import train_trial
+from search.sweep import Sweep, TrialParams
+from search.trial import Run, train_trial
 
 # For workers. glibc gives memory back to the system after every step and faults it in again on the
 # next, which takes up to half of a training step on a CPU. Kept instead, it stays at its peak.
@@ -73,7 +82,7 @@ def launch_sweep(
     Raises:
         InputError: If anything the user gave is wrong; then there is no record either.
     """
-    _check_devices(sweep, address)
+    check_devices(sweep, address)
     weights = {
         backbone: find_weights(sweep.weights[backbone], backbone=backbone, seed=sweep.seed)
         for backbone in sweep.backbones
@@ -87,14 +96,14 @@ def launch_sweep(
         if address is not None:
             # What a cluster has is known only to it, and asked before there is a record.
             stack.enter_context(_ray(address))
-            _trial_resources(sweep)
+            whole_resources(sweep)
             weights = {name: _share(origin, sweep) for name, origin in weights.items()}
         manifest.write(sweep.folder / "manifest.csv")
         record = Record.create(sweep, _facts(manifest, pack, weights))
         write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
         if address is None:
             stack.enter_context(_ray(None))
-        _run(record, manifest, pack, weights, is_local=address is None)
+        _run(record, manifest, pack, weights, is_local=address is None, tell=tell)
     return record
 
 
@@ -124,10 +133,10 @@ def resume_sweep(
     check_same_data(record.facts, manifest, pack)
     for backbone, origin in weights.items():
         _check_same_weights(backbone, origin)
-    _check_devices(sweep, address)
+    check_devices(sweep, address)
     _tell_data(manifest, pack, tell)
     with _ray(address):
-        _run(record, manifest, pack, weights, is_local=address is None)
+        _run(record, manifest, pack, weights, is_local=address is None, tell=tell)
     return record
 
 
@@ -138,9 +147,12 @@ def _run(
     weights: dict[str, WeightOrigin],
     *,
     is_local: bool,
+    tell: Tell,
 ) -> None:
     sweep = record.sweep
-    resources = _trial_resources(sweep)
+    measured = _measured(record, tell)
+    precisions: dict[str, str] = measured["precisions"]
+    shares = _shares(sweep, measured)
     trials = record.trials()
     scheduler = ResumableASHA(sweep, trials)
     recorder = StudyRecorder(record, scheduler)
@@ -148,20 +160,29 @@ def _run(
     remaining = len(unfinished) + sweep.search.num_trials - len(trials)
     if remaining <= 0:
         return
-    concurrent = sweep.search.max_concurrent_trials or _max_concurrent(resources)
-    trainable = tune.with_parameters(
-        train_trial,
+    whole = whole_resources(sweep)
+    smallest = whole | ({"gpu": min(shares.values())} if shares else {})
+    concurrent = sweep.search.max_concurrent_trials or max_concurrent(smallest)
+    run = Run(
         sweep=sweep,
         manifest=manifest,
         pack=pack,
         weights=weights,
-        on_gpu=resources["gpu"] > 0,
+        precisions=precisions,
+        on_gpu=whole["gpu"] > 0,
+        started_s=time.time(),
     )
+
+    def resources_of(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        gpu = share_of(TrialParams(**config["params"]), shares) if shares else whole["gpu"]
+        return tune.PlacementGroupFactory([{"CPU": whole["cpu"], "GPU": gpu}])
+
+    trainable = tune.with_parameters(train_trial, run=run)
     with tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
         # Never read back, but on a cluster every node has to see it.
         ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
         tuner = tune.Tuner(
-            tune.with_resources(trainable, resources),
+            tune.with_resources(trainable, resources_of),
             tune_config=tune.TuneConfig(
                 search_alg=StudySearcher(record, unfinished, recorder),
                 scheduler=scheduler,
@@ -194,6 +215,26 @@ def _run(
         )
 
 
+def _measured(record: Record, tell: Tell) -> dict[str, Any]:
+    """Return what was measured when the sweep was launched; measure it now if nothing was."""
+    measured: dict[str, Any] = record.facts.get("measured") or {}
+    if not measured:
+        measured = measure(record.sweep)
+        record.add_fact("measured", measured)
+    for backbone, precision in measured["precisions"].items():
+        tell(f"trains  {backbone} in {precision}")
+    return measured
+
+
+def _shares(sweep: Sweep, measured: dict[str, Any]) -> Shares:
+    """Return which share of a GPU each kind of trial takes; none where all take the same."""
+    if not measured["gpu_peak_bytes"]:
+        return {}
+    return shares_of(
+        measured["gpu_peak_bytes"], measured["gpu_total_bytes"], max_trials_per_gpu(sweep)
+    )
+
+
 def _share(origin: WeightOrigin, sweep: Sweep) -> WeightOrigin:
     """Copy initial weights to where every node of a cluster sees them."""
     if origin.path is None:
@@ -204,56 +245,8 @@ def _share(origin: WeightOrigin, sweep: Sweep) -> WeightOrigin:
     return dataclasses.replace(origin, path=str(shared))
 
 
-def _check_devices(sweep: Sweep, address: str | None) -> None:
-    """Refuse what this machine does not have; a cluster is asked once it is connected."""
-    if address is not None:
-        return
-    for name, asked, there in (
-        ("cpus_per_trial", sweep.resources.cpus_per_trial, os.cpu_count() or 1),
-        ("gpus_per_trial", sweep.resources.gpus_per_trial or 0, torch.cuda.device_count()),
-    ):
-        if asked > there:
-            raise InputError(
-                f"resources.{name} must fit this machine; got {asked:g}, and it has {there}: ask "
-                "for less"
-            )
-
-
 def _trial_name(trial: Any) -> str:
     return str(trial.config["name"])
-
-
-def _trial_resources(sweep: Sweep) -> dict[str, float]:
-    """Return what a trial takes, if there is a node that has it."""
-    nodes = _nodes()
-    gpus = sweep.resources.gpus_per_trial
-    if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0.0) for node in nodes) else 0.0
-    resources = {"cpu": float(sweep.resources.cpus_per_trial), "gpu": gpus}
-    if not any(_num_fitting(node, resources) for node in nodes):
-        raise InputError(
-            f"a trial must fit a node of the cluster; it asks for {resources['cpu']:g} CPUs and "
-            f"{gpus:g} GPUs, and no node has both: lower resources.cpus_per_trial or "
-            "resources.gpus_per_trial"
-        )
-    return resources
-
-
-def _max_concurrent(resources: dict[str, float]) -> int:
-    return sum(_num_fitting(node, resources) for node in _nodes())
-
-
-def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _num_fitting(node: dict[str, float], resources: dict[str, float]) -> int:
-    fits = [
-        node.get(key, 0.0) / resources[name]
-        for name, key in (("cpu", "CPU"), ("gpu", "GPU"))
-        if resources[name]
-    ]
-    return math.floor(min(fits) + 1e-6)
 
 
 @contextlib.contextmanager

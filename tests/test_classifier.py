@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_modules.backbones import build_network
 from lightning_modules.classifier import ImageClassifier, lr_factor
-from lightning_modules.data.datamodule import PackDataModule
+from lightning_modules.data.datamodule import Batch, PackDataModule
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
@@ -190,7 +190,7 @@ def test_a_frozen_backbone_is_in_eval_mode_during_fit_and_a_trained_one_is_not(
     class KeepModes(pl.Callback):
         modes: tuple[list[bool], ...] = ()
 
-        def on_train_batch_end(
+        def on_before_optimizer_step(
             self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
         ) -> None:
             stages = pl_module.backbone.stages
@@ -249,7 +249,7 @@ def test_the_loss_is_the_written_out_one_with_class_weights_and_smoothing(
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     labels, rows = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([3, 1, 4, 1, 5])
     with torch.no_grad():
-        loss = module.training_step((images, labels, rows), 0)
+        loss, _ = module.loss_of(Batch(images, None, labels, rows))
         logits = module(module.views(images, epoch=0, samples=rows)).tolist()
     total = 0.0
     for scores, label in zip(logits, labels.tolist(), strict=True):
@@ -261,7 +261,8 @@ def test_the_loss_is_the_written_out_one_with_class_weights_and_smoothing(
     plain = make_module(unfreeze_depth=0, dropout=0.0)
     plain.head.load_state_dict(module.head.state_dict())
     with torch.no_grad():
-        assert abs(float(plain.training_step((images, labels, rows), 0)) - expected) > 0.01
+        loss, _ = plain.loss_of(Batch(images, None, labels, rows))
+        assert abs(float(loss) - expected) > 0.01
 
 
 def test_a_grey_image_is_normalised_as_imagenet_was(make_module: MakeModule) -> None:
@@ -297,7 +298,7 @@ def test_train_loss_at_the_end_of_an_epoch_is_this_epochs(
     make_module: MakeModule, tiny_data: Data
 ) -> None:
     class LossByHand(pl.Callback):
-        """Each batch's loss before its step, from the backbone's features on."""
+        """Each step's loss before the weights move, from the backbone's features on."""
 
         def __init__(self) -> None:
             self.losses: dict[int, list[float]] = {}
@@ -305,7 +306,12 @@ def test_train_loss_at_the_end_of_an_epoch_is_this_epochs(
         def on_train_batch_start(
             self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
         ) -> None:
-            images, labels, rows = batch
+            self.batches = iter(list(batch))
+
+        def on_before_optimizer_step(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+        ) -> None:
+            images, _, labels, rows = next(self.batches)
             with torch.no_grad():
                 views = pl_module.views(images, epoch=trainer.current_epoch, samples=rows)
                 scores = pl_module(views).exp()

@@ -427,6 +427,7 @@ def run_trial(record: Record, values: list[float], state: State, reason: str) ->
             last=None,
             best=None,
             stopped="",
+            features="from the cache",
             ran_on="here",
         )
         record.add_epoch(trial.number, epoch)

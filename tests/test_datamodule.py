@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_modules.data.datamodule import (
     Batch,
-    EpochBatches,
+    EpochOrder,
     PackDataModule,
+    Steps,
     balanced_class_weights,
 )
 from lightning_modules.data.manifest import Manifest
@@ -25,12 +26,21 @@ MakeData = Callable[..., Data]
 ROWS = torch.arange(100, 125)
 
 
-def orders(batches: Iterable[Tensor]) -> list[list[int]]:
-    return [batch.tolist() for batch in batches]
+def orders(order: EpochOrder) -> list[list[int]]:
+    ((_, steps),) = order
+    return [rows.tolist() for rows in steps]
+
+
+def batches_of(loader: Iterable[Steps]) -> list[Batch]:
+    """An epoch's batches: to a loader they are one."""
+    (steps,) = loader
+    batches = list(steps)
+    assert len(batches) == len(steps)
+    return batches
 
 
 def make_batches(epoch: int = 0, seed: int = 7, batch_size: int = 8) -> list[list[int]]:
-    batches = EpochBatches(ROWS, batch_size=batch_size, seed=seed)
+    batches = EpochOrder(ROWS, batch_size=batch_size, seed=seed)
     batches.set_epoch(epoch)
     return orders(batches)
 
@@ -45,7 +55,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_an_epoch_can_be_drawn_again() -> None:
-    batches = EpochBatches(ROWS, batch_size=8, seed=7)
+    batches = EpochOrder(ROWS, batch_size=8, seed=7)
     first = orders(batches)
     batches.set_epoch(1)
     assert orders(batches) != first
@@ -82,9 +92,9 @@ def test_the_last_smaller_batch_is_left_out() -> None:
     ("batch_size", "sizes"), [(25, [25]), (26, [25]), (1000, [25]), (24, [24]), (12, [12, 12])]
 )
 def test_a_smaller_batch_stays_where_it_is_the_only_one(batch_size: int, sizes: list[int]) -> None:
-    batches = EpochBatches(ROWS, batch_size=batch_size, seed=0)
-    assert [len(batch) for batch in batches] == sizes
-    assert len(batches) == len(sizes)
+    order = EpochOrder(ROWS, batch_size=batch_size, seed=0)
+    assert [len(batch) for batch in orders(order)] == sizes
+    assert order.num_steps == len(sizes)
 
 
 def make_module(data: Data, *, batch_size: int = 4, balanced: bool = False) -> PackDataModule:
@@ -94,7 +104,8 @@ def make_module(data: Data, *, batch_size: int = 4, balanced: bool = False) -> P
 
 def test_a_batch_holds_the_rows_images_and_labels(tiny_data: Data) -> None:
     manifest, pack = tiny_data
-    for images, labels, rows in make_module(tiny_data).train_dataloader():
+    for images, features, labels, rows in batches_of(make_module(tiny_data).train_dataloader()):
+        assert features is None
         assert images.shape == (4, 1, 32, 32)
         assert (images.dtype, labels.dtype, rows.dtype) == (torch.uint8, torch.int64, torch.int64)
         for image, label, row in zip(images, labels, rows.tolist(), strict=True):
@@ -105,12 +116,12 @@ def test_a_batch_holds_the_rows_images_and_labels(tiny_data: Data) -> None:
 
 def test_validation_comes_whole_and_in_row_order(make_data: MakeData) -> None:
     data = make_data(val=(60, 5, 5))
-    batches = list(make_module(data).val_dataloader())
-    assert [len(rows) for _, _, rows in batches] == [64, 6]
-    rows = torch.cat([rows for _, _, rows in batches])
+    batches = batches_of(make_module(data).val_dataloader())
+    assert [len(batch.rows) for batch in batches] == [64, 6]
+    rows = torch.cat([batch.rows for batch in batches])
     assert rows.tolist() == data[0].rows("val").tolist()
     assert rows.tolist() == sorted(rows.tolist())
-    labels = torch.cat([labels for _, labels, _ in batches])
+    labels = torch.cat([batch.labels for batch in batches])
     assert labels.bincount().tolist() == [60, 5, 5]
 
 
@@ -119,9 +130,9 @@ def test_test_rows_are_never_served(make_data: MakeData, balanced: bool) -> None
     data = make_data(train=(4, 3, 1), val=(2, 2, 1), test=(9, 9, 9))
     module, served = make_module(data, balanced=balanced), set()
     for epoch in range(20):
-        module.train_batches.set_epoch(epoch)
+        module.train_order.set_epoch(epoch)
         for loader in (module.train_dataloader(), module.val_dataloader()):
-            served |= {row for _, _, rows in loader for row in rows.tolist()}
+            served |= {row for batch in batches_of(loader) for row in batch.rows.tolist()}
     assert served == {*data[0].rows("train").tolist(), *data[0].rows("val").tolist()}
     assert not served & set(data[0].rows("test").tolist())
 
@@ -130,8 +141,8 @@ def test_balanced_sampling_draws_classes_equally(make_data: MakeData) -> None:
     data = make_data(train=(450, 90, 9), val=(1, 1, 1), test=(0, 0, 0), image_size_px=8)
     module, counts = make_module(data, batch_size=61, balanced=True), torch.zeros(3)
     for epoch in range(10):
-        module.train_batches.set_epoch(epoch)
-        for _, labels, rows in module.train_dataloader():
+        module.train_order.set_epoch(epoch)
+        for _, _, labels, rows in batches_of(module.train_dataloader()):
             assert set(rows.tolist()) <= set(data[0].rows("train").tolist())
             counts += labels.bincount(minlength=3)
     # 549 = 9 * 61 draws an epoch. A class's count has mean 1830 and standard deviation
@@ -144,8 +155,8 @@ def test_balanced_sampling_draws_the_images_of_a_class_equally(make_data: MakeDa
     data = make_data(train=(45, 5), val=(1, 1), test=(0, 0), image_size_px=8)
     module, drawn = make_module(data, batch_size=50, balanced=True), []
     for epoch in range(200):
-        module.train_batches.set_epoch(epoch)
-        drawn += [row for batch in module.train_batches for row in batch.tolist()]
+        module.train_order.set_epoch(epoch)
+        drawn += [row for batch in orders(module.train_order) for row in batch]
     counts = torch.tensor(drawn).bincount(minlength=len(data[0].frame)).double()
     labels = torch.from_numpy(data[0].labels())
     rows = torch.from_numpy(data[0].rows("train"))
@@ -163,8 +174,8 @@ class RecordRows(pl.LightningModule):
         self.layer = nn.Linear(1, 1)
         self.seen: dict[int, list[list[int]]] = {}
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        self.seen.setdefault(self.current_epoch, []).append(batch[2].tolist())
+    def training_step(self, steps: Steps, batch_index: int) -> Tensor:
+        self.seen[self.current_epoch] = [rows.tolist() for rows in steps.rows]
         return self.layer(torch.ones(1, 1)).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -188,7 +199,7 @@ def fit(module: RecordRows, data: Data, max_epochs: int, resume: Path | None = N
 def test_lightning_chooses_the_order_of_each_epoch_also_when_it_resumes(
     tiny_data: Data, tmp_path: Path
 ) -> None:
-    batches = EpochBatches(torch.from_numpy(tiny_data[0].rows("train")), batch_size=4, seed=7)
+    batches = EpochOrder(torch.from_numpy(tiny_data[0].rows("train")), batch_size=4, seed=7)
     expected = {}
     for epoch in range(3):
         batches.set_epoch(epoch)

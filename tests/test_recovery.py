@@ -95,7 +95,15 @@ def report_of(sweep: Sweep, config: dict[str, Any], epoch: int) -> dict[str, Any
         path.write_bytes(b"")
         empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
         files[kind] = {"path": f"{stem}-{kind}.ckpt", "digest": empty, "epoch": epoch}
-    return {"epoch": epoch, **metrics, "metrics": metrics, "confusion": [], "ran_on": "", **files}
+    return {
+        "epoch": epoch,
+        **metrics,
+        "metrics": metrics,
+        "confusion": [],
+        "features": "",
+        "ran_on": "",
+        **files,
+    }
 
 
 def outcome(trials: list[Trial]) -> list[Any]:

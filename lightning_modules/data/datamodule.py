@@ -1,6 +1,8 @@
 """Batches out of a pack: gathered by row, never decoded, in an order that can be replayed."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,39 +14,106 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.seeds import derive_seed
 
-Batch = tuple[Tensor, Tensor, Tensor]
-
 # Validation keeps no activations; this many images fill a device and fit in any.
 VAL_BATCH_SIZE = 64
 
+# A pack goes to a GPU whole where it takes no more than this share of what is free there.
+RESIDENT_SHARE = 0.25
 
-class PackDataset(Dataset[Batch]):
-    """Images and labels of a pack, a whole batch at a time.
 
-    Args:
-        images: Shape ``(N, H, W)``, uint8 grey; may be memory-mapped.
-        labels: Shape ``(N,)``, int64 class indices.
+class Batch(NamedTuple):
+    """What one step works on, on the trainer's device.
+
+    Attributes:
+        images: Shape ``(B, 1, H, W)``, uint8 grey; none where features stand in for them.
+        features: What the frozen stages make of the images' views, channels last; none if it is
+            not known.
+        labels: Shape ``(B,)``, int64 class indices.
+        rows: Shape ``(B,)``, int64 row numbers, which views are drawn from.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images = images
-        self.labels = torch.from_numpy(labels)
-
-    def __getitem__(self, rows: Tensor) -> Batch:
-        """Return images ``(B, 1, H, W)`` uint8, labels ``(B,)``, and the rows themselves."""
-        images = torch.from_numpy(self.images[rows.numpy()]).unsqueeze(1)
-        return images, self.labels[rows], rows
+    images: Tensor | None
+    features: Tensor | None
+    labels: Tensor
+    rows: Tensor
 
 
-class EpochBatches(Sampler[Tensor]):
-    """Rows of the training split in a new order each epoch, a batch at a time.
+# Returns the features of all rows of a split at an epoch, in the split's order, or none.
+FeaturesOf = Callable[[str, int], Tensor | None]
+
+
+class Steps:
+    """The batches of one epoch, each gathered when its turn comes.
+
+    To Lightning this is one batch: its own cost of 1.0 to 1.4 ms a batch would be several times
+    that of a step on cached features, and would keep a GPU waiting.
+
+    Args:
+        rows: Row numbers of each step.
+        split: ``train`` or ``val``.
+        epoch: Counted from 0.
+        data: Gathers.
+    """
+
+    def __init__(
+        self, rows: Sequence[Tensor], *, split: str, epoch: int, data: "PackDataModule"
+    ) -> None:
+        self.rows = rows
+        self.split = split
+        self.epoch = epoch
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        device = self.data.device
+        sizes = [len(rows) for rows in self.rows]
+        rows = torch.cat(list(self.rows))
+        features = self.data.features_of(self.split, self.epoch)
+        # Gathered where they lie: what does not fit a GPU whole goes there batch by batch.
+        values = self.data.images if features is None else features
+        places = rows if features is None else self.data.place_in_split[rows]
+        for taken, labels, on_device in zip(
+            places.to(values.device).split(sizes),
+            self.data.labels[rows].to(device).split(sizes),
+            rows.to(device).split(sizes),
+            strict=True,
+        ):
+            batch = values[taken].to(device, non_blocking=True)
+            if features is None:
+                yield Batch(batch.unsqueeze(1), None, labels, on_device)
+            else:
+                yield Batch(None, batch, labels, on_device)
+
+
+class EpochSteps(Dataset[Steps]):
+    """Turns the rows of an epoch's steps into what Lightning is to take as one batch.
+
+    Args:
+        split: ``train`` or ``val``.
+        data: Gathers.
+    """
+
+    def __init__(self, split: str, data: "PackDataModule") -> None:
+        self.split = split
+        self.data = data
+
+    def __getitem__(self, epoch_rows: tuple[int, Sequence[Tensor]]) -> Steps:
+        """Return the steps of an epoch."""
+        epoch, rows = epoch_rows
+        return Steps(rows, split=self.split, epoch=epoch, data=self.data)
+
+
+class EpochOrder(Sampler[tuple[int, Sequence[Tensor]]]):
+    """Rows of the training split in a new order each epoch, cut into steps.
 
     The order is a function of (seed, epoch). The last, smaller batch is left out where there is a
     full one: BatchNorm would estimate its statistics from a handful of images.
 
     Args:
         rows: Row numbers to draw from.
-        batch_size: Rows a batch.
+        batch_size: Rows a step.
         seed: The trial's seed.
         row_weights: Draw with replacement, in proportion to these; each row once if not given.
     """
@@ -62,10 +131,15 @@ class EpochBatches(Sampler[Tensor]):
         """Choose the order that comes next; Lightning calls it before each epoch."""
         self.epoch = epoch
 
-    def __len__(self) -> int:
+    @property
+    def num_steps(self) -> int:
+        """Steps an epoch."""
         return max(1, len(self.rows) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
         if self.row_weights is None:
             order = torch.randperm(len(self.rows), generator=generator)
@@ -73,22 +147,26 @@ class EpochBatches(Sampler[Tensor]):
             order = torch.multinomial(
                 self.row_weights, len(self.rows), replacement=True, generator=generator
             )
-        yield from self.rows[order].split(self.batch_size)[: len(self)]
+        yield self.epoch, self.rows[order].split(self.batch_size)[: self.num_steps]
 
 
 class PackDataModule(pl.LightningDataModule):
-    """Training and validation batches of one manifest and its pack.
+    """Training and validation steps of one manifest and its pack.
 
-    A batch is images ``(B, 1, H, W)`` uint8, labels ``(B,)`` int64, and row numbers ``(B,)`` int64,
-    which the views are drawn from. Test rows are not served here: only an evaluation reads them.
+    Images are gathered by row from memory: the pack is mapped once a process, its pages are shared
+    by all processes of the node, and a GPU gets a copy of its own where it fits. Test rows are not
+    served here: only an evaluation reads them.
 
     Args:
         manifest: Rows, labels, and splits.
         pack: The manifest's images.
-        batch_size: Images a training batch.
+        batch_size: Images a training step.
         seed: The trial's seed, for the order.
         balanced_sampling: Draw every class equally often, rare images several times an epoch. The
             same image then shows the same view within an epoch.
+
+    Attributes:
+        features_of: Asked for a split's features before each epoch; knows none unless replaced.
     """
 
     def __init__(
@@ -101,26 +179,57 @@ class PackDataModule(pl.LightningDataModule):
         balanced_sampling: bool = False,
     ) -> None:
         super().__init__()
-        labels = manifest.labels()
-        self.dataset = PackDataset(pack.images(), labels)
-        self.train_rows = torch.from_numpy(manifest.rows("train"))
-        self.val_rows = torch.from_numpy(manifest.rows("val"))
+        self.pack = pack
+        self.labels = torch.from_numpy(manifest.labels())
+        self.rows = {name: torch.from_numpy(manifest.rows(name)) for name in ("train", "val")}
+        self.features_of: FeaturesOf = lambda split, epoch: None
         row_weights = None
         if balanced_sampling:
-            train_labels = self.dataset.labels[self.train_rows]
+            train_labels = self.labels[self.rows["train"]]
             row_weights = 1.0 / torch.bincount(train_labels).double()[train_labels]
-        self.train_batches = EpochBatches(
-            self.train_rows, batch_size=batch_size, seed=seed, row_weights=row_weights
+        self.train_order = EpochOrder(
+            self.rows["train"], batch_size=batch_size, seed=seed, row_weights=row_weights
         )
+        # Where in its split a row is: features are stored a split at a time.
+        self.place_in_split = torch.full((len(self.labels),), -1)
+        for rows in self.rows.values():
+            self.place_in_split[rows] = torch.arange(len(rows))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training batches of the sampler's epoch."""
-        return DataLoader(self.dataset, sampler=self.train_batches, batch_size=None)
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        if self.trainer is None:
+            return torch.device("cpu")
+        return self.trainer.strategy.root_device
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the validation batches, always in row order."""
-        batches = self.val_rows.split(VAL_BATCH_SIZE)
-        return DataLoader(self.dataset, sampler=batches, batch_size=None)
+    @property
+    def images(self) -> Tensor:
+        """All images of the pack: shape ``(N, H, W)``, uint8."""
+        return resident_images(self.pack, self.device)
+
+    def train_dataloader(self) -> DataLoader[Steps]:
+        """Return the steps of the order's epoch, as one batch."""
+        return DataLoader(EpochSteps("train", self), sampler=self.train_order, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Steps]:
+        """Return the validation images, always in row order, as one batch."""
+        order = [(0, self.rows["val"].split(VAL_BATCH_SIZE))]
+        return DataLoader(EpochSteps("val", self), sampler=order, batch_size=None)
+
+
+@functools.lru_cache(maxsize=4)
+def resident_images(pack: Pack, device: torch.device) -> Tensor:
+    """Return a pack's images, mapped, or on the device where they fit; once a process.
+
+    Returns:
+        Shape ``(N, H, W)``, uint8.
+    """
+    images = torch.from_numpy(pack.images())
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        if images.nbytes <= RESIDENT_SHARE * free_bytes:
+            return images.to(device)
+    return images
 
 
 def balanced_class_weights(manifest: Manifest) -> list[float]:

@@ -57,13 +57,16 @@ class Pack:
     skipped: tuple[str, ...]
 
     def images(self) -> np.memmap[tuple[int, ...], np.dtype[np.uint8]]:
-        """Return all images, read-only and mapped: pages come in as they are touched.
+        """Return all images, mapped: pages come in as they are touched, shared by all processes.
+
+        What is written to the array stays in this process; nobody should.
 
         Raises:
             InputError: If the file is gone or torn.
         """
         try:
-            return np.lib.format.open_memmap(self.path, mode="r")
+            # Private and writable: torch warns of arrays that it could not write to.
+            return np.lib.format.open_memmap(self.path, mode="c")
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{self.path}: the pack of decoded images must stay in the cache; got "

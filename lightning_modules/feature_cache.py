@@ -1,0 +1,279 @@
+"""Features of the frozen stages: computed once a node for each view, and shared by all trials."""
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_modules import augmentation, backbones, classifier
+from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
+from lightning_modules.data.datamodule import RESIDENT_SHARE, PackDataModule
+from lightning_modules.feature_store import Claim, FeatureStore
+from lightning_modules.files import sha256_of
+
+# Images computed at once on a GPU.
+GPU_BLOCK = 256
+
+# While another worker computes an epoch's features, this one computes those of later epochs.
+AHEAD_EPOCHS = 3
+
+# Reading must take less than this share of the time to compute: a worker that writes features which
+# nobody else asks for, and reads them back, then loses less than that.
+READ_SHARE = 0.5
+
+POLL_S = 0.02
+
+
+class FeatureCache:
+    """Gives a trial the features of its frozen stages, from the node's store where that pays.
+
+    Features are what the stages below the cut make of all images of a split: of the views of one
+    epoch, or of the images as they are. They are a function of the backbone, its initial weights,
+    the cut, the pack, the split, the view settings, the epoch, the precision, and the code; a key
+    is made of all that, so that every trial which asks for the same gets the same, to the last bit
+    what it would have computed itself (on a CPU; to rounding on a GPU).
+
+    Nothing is stored where that cannot pay: if no other trial will see the same views, if reading
+    takes as long as computing, or if there is no room. Then trials compute, batch by batch.
+
+    Args:
+        module: The trial's; its frozen stages are used, in whatever precision it is asked in.
+        data: The trial's.
+        store: The node's; none computes everything.
+        weights_digest: Of the whole backbone before training.
+        precision: As the trainer names it.
+        views_are_shared: Whether other trials see the same views.
+
+    Attributes:
+        outcome: What became of the training features of the last epoch asked for, for people.
+    """
+
+    def __init__(
+        self,
+        module: ImageClassifier,
+        data: PackDataModule,
+        *,
+        store: FeatureStore | None,
+        weights_digest: str,
+        precision: str,
+        views_are_shared: bool,
+    ) -> None:
+        self.module = module
+        self.data = data
+        self.store = store
+        self.views_are_shared = views_are_shared or module.views.strength == 0
+        self.cut = module.frozen_stages
+        self.outcome = ""
+        self._facts = {
+            "code": code_digest(),
+            "torch": torch.__version__,
+            "backbone": module.backbone.name,
+            "weights": weights_digest,
+            "pack": data.pack.digest,
+            "precision": precision,
+        }
+
+    def features(self, split: str, epoch: int) -> Tensor | None:
+        """Return the features of all rows of a split, or none if they are to be computed.
+
+        Args:
+            split: ``train``, whose views are meant, or ``val``, whose images are.
+            epoch: Counted from 0.
+
+        Returns:
+            Shape ``(N, C, h, w)``, channels last, or ``(N, num_features)``; mapped, or on the
+            trial's device where they fit.
+        """
+        features, outcome = self._features(split, epoch)
+        if split == "train":
+            self.outcome = outcome
+        if features is None:
+            return None
+        if features.ndim == 4:
+            features = features.permute(0, 3, 1, 2)
+        device = self.data.device
+        if device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+            if features.nbytes <= RESIDENT_SHARE * free_bytes:
+                return features.to(device)
+        return features
+
+    def _features(self, split: str, epoch: int) -> tuple[Tensor | None, str]:
+        if self.cut == 0:
+            return None, "nothing is frozen"
+        if self.store is None:
+            return None, "computed, the cache is off"
+        if split == "train" and not self.views_are_shared:
+            return None, "computed, no other trial sees the same views"
+        key = self._key(split, epoch, self.cut)
+        found = self.store.find(key)
+        if found is not None:
+            return found, "from the cache"
+        cost = self._cost(split, epoch)
+        if cost.compute_s * READ_SHARE < cost.round_trip_s:
+            return None, (
+                f"computed, {cost.num_bytes / 1024:.0f} KiB an image take as long to read as to "
+                "compute"
+            )
+        ahead_epoch = epoch
+        try:
+            while found is None:
+                with self.store.claim(key) as claim:
+                    found = self.store.find(key)  # another worker may have finished meanwhile
+                    if found is None and claim is not None:
+                        if not self._fill(claim, split, epoch, cost):
+                            return None, "computed, the cache is full"
+                        return self.store.find(key), "computed and cached"
+                if found is None:
+                    ahead_epoch = self._compute_ahead(split, epoch, ahead_epoch, cost)
+        except OSError as error:
+            return None, f"computed, the cache could not be written ({error.strerror})"
+        return found, "from the cache"
+
+    def _compute_ahead(self, split: str, epoch: int, ahead_epoch: int, cost: "Cost") -> int:
+        """Compute a later epoch's features, or wait a moment; return how far this worker got."""
+        assert self.store is not None  # noqa: S101  narrows the type
+        last = min(epoch + AHEAD_EPOCHS, self.module.max_epochs - 1) if split == "train" else epoch
+        while ahead_epoch < last:
+            ahead_epoch += 1
+            key = self._key(split, ahead_epoch, self.cut)
+            if self.store.find(key) is None:
+                with self.store.claim(key) as claim:
+                    if claim is not None and self.store.find(key) is None:
+                        self._fill(claim, split, ahead_epoch, cost)
+                        return ahead_epoch
+        time.sleep(POLL_S)
+        return ahead_epoch
+
+    def _fill(self, claim: Claim, split: str, epoch: int, cost: "Cost") -> bool:
+        """Compute a claimed key's features into the store; tell whether there was room."""
+        num_images = len(self.data.rows[split])
+        worth_s = num_images * cost.compute_s
+        if not claim.reserve(num_images * cost.num_bytes, worth_s=worth_s):
+            return False
+        claim.write(self._blocks(split, epoch), worth_s=worth_s)
+        return True
+
+    def _blocks(self, split: str, epoch: int) -> Iterator[Tensor]:
+        """Yield the features of a split block by block, from the deepest cut that is at hand."""
+        assert self.store is not None  # noqa: S101  narrows the type
+        rows = self.data.rows[split]
+        device = self.data.device
+        start, shallower = 0, None
+        for cut in range(self.cut - 1, 0, -1):
+            shallower = self.store.find(self._key(split, epoch, cut))
+            if shallower is not None:
+                start = cut
+                break
+        for places in torch.arange(len(rows)).split(_block_size(device)):
+            if shallower is None:
+                yield _channels_last(self._compute(rows[places], split, epoch))
+            else:
+                given = shallower[places].permute(0, 3, 1, 2).to(device)
+                with torch.no_grad():
+                    yield _channels_last(self.module.pass_frozen(given, first_stage=start))
+
+    def _compute(self, rows: Tensor, split: str, epoch: int) -> Tensor:
+        images = self.data.images
+        taken = images[rows.to(images.device)].unsqueeze(1).to(self.data.device)
+        return self.module.frozen_features(
+            taken, rows.to(self.data.device), epoch=epoch if split == "train" else None
+        )
+
+    def _key(self, split: str, epoch: int, cut: int) -> str:
+        views = self.module.views
+        # Views of strength 0 are the images, at every epoch.
+        if split == "train" and views.strength > 0:
+            view = {
+                "settings": asdict(views.settings),
+                "strength": views.strength,
+                "seed": views.seed,
+                "epoch": epoch,
+            }
+        else:
+            view = {}
+        facts = {
+            **self._facts,
+            "device": _device_name(self.data.device),
+            "cut": cut,
+            "rows": self._rows_digest(split),
+            "view": view,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
+
+    def _rows_digest(self, split: str) -> str:
+        return hashlib.sha256(self.data.rows[split].numpy().tobytes()).hexdigest()
+
+    def _cost(self, split: str, epoch: int) -> "Cost":
+        """Measure, once a process, what computing and reading an image's features take."""
+        assert self.store is not None  # noqa: S101  narrows the type
+        device = self.data.device
+        name = (self.module.backbone.name, self.cut, self.data.pack.image_size_px)
+        key = (*name, self._facts["precision"], str(device))
+        if key not in _COSTS:
+            rows = self.data.rows[split][: _block_size(device)]
+            block = self._compute(rows, split, epoch)  # what is only done the first time
+            _synchronize(device)
+            start_s = time.perf_counter()
+            block = _channels_last(self._compute(rows, split, epoch))
+            compute_s = time.perf_counter() - start_s
+            _COSTS[key] = Cost(
+                num_bytes=block.nbytes // len(rows),
+                compute_s=compute_s / len(rows),
+                round_trip_s=self.store.time_round_trip(block, device) / len(rows),
+            )
+        return _COSTS[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What an image's features cost.
+
+    Attributes:
+        num_bytes: Room in the store.
+        compute_s: From its pixels.
+        round_trip_s: To write them, and to read them back to the device.
+    """
+
+    num_bytes: int
+    compute_s: float
+    round_trip_s: float
+
+
+_COSTS: dict[tuple[str | int, ...], Cost] = {}
+
+
+@functools.cache
+def code_digest() -> str:
+    """Return what changes with the code that features are a result of."""
+    files = [str(module.__file__) for module in (augmentation, backbones, classifier)]
+    digests = [sha256_of(Path(file)) for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _block_size(device: torch.device) -> int:
+    return FROZEN_BLOCK if device.type == "cpu" else GPU_BLOCK
+
+
+def _channels_last(features: Tensor) -> Tensor:
+    """Return features as they are stored: on the CPU, channels last in memory."""
+    if features.ndim == 4:
+        features = features.permute(0, 2, 3, 1)
+    return features.contiguous().cpu()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    return torch.cuda.get_device_name(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,363 @@
+"""Training from cached features is training without them, bit for bit; and caching knows when."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_modules import feature_cache
+from lightning_modules.backbones import build_network
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data.datamodule import PackDataModule
+from lightning_modules.data.manifest import Manifest
+from lightning_modules.data.pack import Pack
+from lightning_modules.feature_cache import FeatureCache
+from lightning_modules.feature_store import FeatureStore
+from search.checkpoint import AtomicCheckpointIO
+
+Data = tuple[Manifest, Pack]
+MakeData = Callable[..., Data]
+
+# Lightning warns of what is meant here: frozen stages, few batches, no worker processes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # Lightning's use of torch
+]
+
+SIDE_PX = 32
+NUM_EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random weights whose BatchNorm statistics are those of noise, so that features differ."""
+    folder, paths = tmp_path_factory.mktemp("weights"), {}
+    for backbone in ("mobilenet_v2", "resnet50"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = build_network(backbone)
+            for child in network.modules():
+                if isinstance(child, nn.BatchNorm2d):
+                    child.momentum = 1.0
+            with torch.no_grad():
+                network(torch.randn(16, 3, SIDE_PX, SIDE_PX))
+        paths[backbone] = folder / f"{backbone}.pth"
+        torch.save(network.state_dict(), paths[backbone])
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def _reading_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are tiny here: what pays is tested by itself, not by the clock."""
+    cost = feature_cache.Cost(num_bytes=4096, compute_s=1.0, round_trip_s=0.0)
+    monkeypatch.setattr(FeatureCache, "_cost", lambda *_: cost)
+
+
+@pytest.fixture(scope="module")
+def data(make_data: MakeData) -> Data:
+    """21 images to train on and 19 to validate: neither fills a whole number of blocks."""
+    return make_data(train=(9, 7, 5), val=(8, 6, 5), image_size_px=SIDE_PX)
+
+
+Make = Callable[..., FeatureCache]
+
+
+@pytest.fixture
+def make(data: Data, weights: dict[str, Path], tmp_path: Path) -> Make:
+    def make_cache(
+        *,
+        limit_mib: float = 100,
+        cached: bool = True,
+        views_are_shared: bool = True,
+        weights_digest: str = "w",
+        precision: str = "32-true",
+        batch_size: int = 8,
+        pack_digest: str = "0" * 64,
+        seed: int = 5,
+        **changes: Any,
+    ) -> FeatureCache:
+        settings: dict[str, Any] = {
+            "backbone": "mobilenet_v2",
+            "num_classes": 3,
+            "image_size_px": SIDE_PX,
+            "unfreeze_depth": 1,
+            "dropout": 0.5,
+            "lr": 1e-2,
+            "seed": seed,
+            "max_epochs": NUM_EPOCHS,
+        }
+        settings |= changes
+        settings.setdefault("weights_path", str(weights[settings["backbone"]]))
+        module = ImageClassifier(**settings)
+        manifest, pack = data
+        pack = Pack(pack.path, pack_digest, SIDE_PX, ())
+        datamodule = PackDataModule(manifest, pack, batch_size=batch_size, seed=seed)
+        store = FeatureStore(
+            tmp_path / "features", limit_bytes=int(limit_mib * 2**20), since_s=time.time()
+        )
+        cache = FeatureCache(
+            module,
+            datamodule,
+            store=store if cached else None,
+            weights_digest=weights_digest,
+            precision=precision,
+            views_are_shared=views_are_shared,
+        )
+        datamodule.features_of = cache.features
+        return cache
+
+    return make_cache
+
+
+class Keep(pl.Callback):
+    """Every epoch's metrics, and what became of its features."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+        self.metrics: list[dict[str, float]] = []
+        self.outcomes: list[str] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.metrics.append({name: float(v) for name, v in trainer.callback_metrics.items()})
+        self.outcomes.append(self.cache.outcome)
+
+
+def fit(cache: FeatureCache, precision: Any = "32-true") -> Keep:
+    keep = Keep(cache)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision=precision,
+        max_epochs=NUM_EPOCHS,
+        callbacks=[keep],
+        plugins=[AtomicCheckpointIO()],
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(cache.module, datamodule=cache.data)
+    return keep
+
+
+def state_of(cache: FeatureCache) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in cache.module.state_dict().items()}
+
+
+def assert_equal_states(one: FeatureCache, other: FeatureCache) -> None:
+    ours, theirs = state_of(one), state_of(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+# Equal to training without
+
+
+@pytest.mark.parametrize(
+    ("backbone", "depth", "precision"),
+    [
+        ("mobilenet_v2", 0, "32-true"),
+        ("mobilenet_v2", 1, "32-true"),
+        pytest.param("mobilenet_v2", 2, "32-true", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 3, "32-true", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 4, "32-true", marks=pytest.mark.slow),
+        pytest.param("resnet50", 0, "32-true", marks=pytest.mark.slow),
+        pytest.param("resnet50", 2, "32-true", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 1, "bf16-mixed", marks=pytest.mark.slow),
+    ],
+)
+def test_cached_training_equals_uncached_training_bit_for_bit(
+    make: Make, backbone: str, depth: int, precision: str
+) -> None:
+    settings = {"backbone": backbone, "unfreeze_depth": depth, "precision": precision}
+    without = make(cached=False, **settings)
+    expected = fit(without, precision)
+    computed, found = make(**settings), make(**settings)
+    first, second = fit(computed, precision), fit(found, precision)
+    assert first.outcomes == ["computed and cached"] * NUM_EPOCHS
+    assert second.outcomes == ["from the cache"] * NUM_EPOCHS
+    assert first.metrics == expected.metrics
+    assert second.metrics == expected.metrics
+    assert expected.metrics[0]["train_loss"] != expected.metrics[1]["train_loss"]
+    assert_equal_states(computed, without)
+    assert_equal_states(found, without)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 21])
+def test_an_images_features_do_not_depend_on_the_batch(make: Make, batch_size: int) -> None:
+    module = make(unfreeze_depth=0).module
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (21, 1, 32, 32), np.uint8))
+    rows = torch.arange(21)
+    whole = module.frozen_features(images, rows, epoch=3)
+    parts = [module.frozen_features(images[part], part, epoch=3) for part in rows.split(batch_size)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert float(whole.std()) > 0
+
+
+def test_trials_with_other_seeds_and_batch_sizes_share_features(make: Make) -> None:
+    fit(make(seed=1, batch_size=4, dropout=0.1))
+    assert fit(make(seed=2, batch_size=10, lr=0.5)).outcomes == ["from the cache"] * NUM_EPOCHS
+
+
+def test_features_of_the_head_alone_are_pooled(make: Make) -> None:
+    features = make(unfreeze_depth=0).features("train", 0)
+    assert features is not None
+    assert features.shape == (21, 1280)
+
+
+def test_features_of_a_shallower_cut_are_channels_last(make: Make) -> None:
+    features = make(unfreeze_depth=1).features("val", 0)
+    assert features is not None
+    assert features.shape == (19, 96, 2, 2)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+# When it starts, and from where
+
+
+def test_a_deeper_cut_starts_from_the_deepest_one_at_hand(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for depth in (4, 2):
+        assert make(unfreeze_depth=depth).features("train", 0) is not None
+    started_from = []
+    original = ImageClassifier.pass_frozen
+
+    def spy(self: ImageClassifier, activations: Tensor, first_stage: int = 0) -> Tensor:
+        started_from.append(first_stage)
+        return original(self, activations, first_stage)
+
+    monkeypatch.setattr(ImageClassifier, "pass_frozen", spy)
+    continued = make(unfreeze_depth=1)
+    features = continued.features("train", 0)
+    assert set(started_from) == {3}
+    images = continued.data.images[continued.data.rows["train"]].unsqueeze(1)
+    expected = continued.module.frozen_features(images, continued.data.rows["train"], epoch=0)
+    assert features is not None
+    assert torch.equal(features, expected)
+
+
+def test_the_same_images_are_computed_once_for_all_epochs(make: Make, tmp_path: Path) -> None:
+    outcomes = fit(make(augmentation_strength=0.0, views_are_shared=False)).outcomes
+    assert outcomes == ["computed and cached", "from the cache"]
+    assert len(list((tmp_path / "features").glob("*.features"))) == 2  # train and val
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights_digest": "another"},
+        {"pack_digest": "1" * 64},
+        {"precision": "bf16-mixed"},
+        {"unfreeze_depth": 2},
+        {"view_seed": 1},
+        {"augmentation_strength": 0.5},
+        {"augmentation": {"noise": 0.5}},
+    ],
+)
+def test_whatever_features_depend_on_changes_their_key(make: Make, changes: dict[str, Any]) -> None:
+    key = make()._key("train", 0, make().cut)
+    other = make(**changes)
+    assert other._key("train", 0, other.cut) != key
+    assert make()._key("train", 1, make().cut) != key
+    assert make()._key("val", 0, make().cut) != key
+    assert make()._key("val", 0, make().cut) == make()._key("val", 1, make().cut)
+
+
+# When it does not pay
+
+
+def test_nothing_frozen_is_nothing_cached(make: Make, tmp_path: Path) -> None:
+    cache = make(unfreeze_depth=5)
+    assert cache.features("train", 0) is None
+    assert cache.outcome == "nothing is frozen"
+    assert not (tmp_path / "features").exists()
+
+
+def test_views_that_no_other_trial_sees_are_not_cached_but_validation_is(make: Make) -> None:
+    cache = make(views_are_shared=False)
+    assert cache.features("train", 0) is None
+    assert cache.outcome == "computed, no other trial sees the same views"
+    assert cache.features("val", 0) is not None
+
+
+def test_features_that_take_as_long_to_read_as_to_compute_are_not_cached(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cost = feature_cache.Cost(num_bytes=300 * 1024, compute_s=1.0, round_trip_s=0.6)
+    monkeypatch.setattr(FeatureCache, "_cost", lambda *_: cost)
+    cache = make()
+    assert cache.features("train", 0) is None
+    assert cache.outcome == "computed, 300 KiB an image take as long to read as to compute"
+    assert not (tmp_path / "features").exists()
+
+
+def test_the_cost_of_features_is_measured(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(feature_cache, "_COSTS", {})
+    cost = make(unfreeze_depth=0)._cost("train", 0)
+    assert cost.num_bytes == 1280 * 4
+    assert cost.compute_s > 0
+    assert cost.round_trip_s > 0
+
+
+def test_a_full_cache_computes(make: Make) -> None:
+    cache = make(limit_mib=0.01)
+    assert cache.features("train", 0) is None
+    assert cache.outcome == "computed, the cache is full"
+
+
+def test_a_cache_that_cannot_be_written_computes(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "features").write_text("a file where a folder is wanted")
+    cache = make()
+    assert cache.features("train", 0) is None
+    assert cache.outcome == "computed, the cache could not be written (File exists)"
+
+
+# Several workers
+
+
+def test_while_another_worker_computes_an_epoch_this_one_computes_later_ones(
+    make: Make, tmp_path: Path
+) -> None:
+    other, waiting = make(max_epochs=5), make(max_epochs=5)
+    store = other.store
+    assert store is not None
+    got: list[Tensor | None] = []
+    with store.claim(other._key("train", 0, other.cut)) as claim:
+        assert claim is not None
+        thread = threading.Thread(target=lambda: got.append(waiting.features("train", 0)))
+        thread.start()
+        ahead = [other._key("train", epoch, other.cut) for epoch in (1, 2, 3)]
+        deadline_s = time.monotonic() + 60
+        while not all(store.path_of(key).exists() for key in ahead):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        assert thread.is_alive()  # three epochs ahead it stops, and waits
+        assert not store.path_of(other._key("train", 4, other.cut)).exists()
+        assert other._fill(claim, "train", 0, other._cost("train", 0))
+    thread.join(60)
+    assert got[0] is not None
+    assert waiting.outcome == "from the cache"
+
+
+def test_when_the_worker_that_computes_dies_another_takes_over(make: Make) -> None:
+    other, waiting = make(max_epochs=1), make(max_epochs=1)
+    assert other.store is not None
+    got: list[Tensor | None] = []
+    with other.store.claim(other._key("train", 0, other.cut)):
+        thread = threading.Thread(target=lambda: got.append(waiting.features("train", 0)))
+        thread.start()
+        time.sleep(0.1)
+        assert thread.is_alive()
+    thread.join(60)
+    assert got[0] is not None
+    assert waiting.outcome == "computed and cached"
