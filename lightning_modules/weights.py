@@ -113,6 +113,11 @@ def initial_digest(backbone: str, path: Path | None, *, seed: int, num_stages: i
     return _initial_digest(backbone, path, _version_of(path), seed, num_stages)
 
 
+def num_initial_backbones() -> int:
+    """Return how many backbones this process keeps to copy from."""
+    return _initial.cache_info().currsize
+
+
 @functools.lru_cache(maxsize=4)
 def _initial(backbone: str, path: Path | None, version: tuple[int, int], seed: int) -> Backbone:
     return load_weights(backbone, path, seed=seed)

@@ -48,6 +48,7 @@ class ReportEpoch(pl.Callback):
         resume: Where an earlier attempt got to, none if nowhere.
         checkpoint_io: The trainer's.
         cache: Asked what became of the frozen stages' features.
+        leak: What earlier trials have left behind in the worker; empty if nothing.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ReportEpoch(pl.Callback):
         resume: dict[str, Any] | None,
         checkpoint_io: AtomicCheckpointIO,
         cache: FeatureCache,
+        leak: str,
     ) -> None:
         self.folder = folder
         self.trial_folder = trial_folder
@@ -69,6 +71,7 @@ class ReportEpoch(pl.Callback):
         self.attempt = attempt
         self.checkpoint_io = checkpoint_io
         self.cache = cache
+        self.leak = leak
         self.last: CheckpointFile | None = None
         self.best: CheckpointFile | None = None
         self.best_value = -math.inf
@@ -116,6 +119,7 @@ class ReportEpoch(pl.Callback):
                 "last": None if self.last is None else asdict(self.last),
                 "best": None if self.best is None else asdict(self.best),
                 "features": self.cache.outcome,
+                "leak": self.leak,
                 "ran_on": f"{socket.gethostname()} {pl_module.device} {trainer.precision}",
             }
         )

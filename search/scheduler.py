@@ -70,6 +70,8 @@ class ResumableASHA(ASHAScheduler):
             finished = result["epoch"] >= self._max_t
             self.reasons[trial.trial_id] = "max_epochs" if finished else "asha"
             self.cutoffs[trial.trial_id] = cutoff
+            if result.get("leak"):
+                _retire_worker(tune_controller, trial)
         return str(action)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -92,6 +94,16 @@ class ResumableASHA(ASHAScheduler):
             if value is not None and epoch.stopped != "diverged":
                 stand_in: Any = SimpleNamespace(trial_id=trial_id)
                 self._brackets[0].on_result(stand_in, epoch.epoch, self._sign * value)
+
+
+def _retire_worker(tune_controller: Any, trial: Any) -> None:
+    """Have a trial's worker end with it: the next trial gets a fresh process.
+
+    Ray 2.60 reuses a worker unless it has not started yet, and has no way to ask for anything else.
+    """
+    controller = getattr(tune_controller, "_tune_controller", None)
+    if controller is not None:
+        controller._started_actors.discard(controller._trial_to_actor.get(trial))
 
 
 def _is_finite(result: dict[str, Any]) -> bool:

@@ -12,18 +12,23 @@ import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data.datamodule import PackDataModule, balanced_class_weights
+from lightning_modules.data.datamodule import (
+    PackDataModule,
+    balanced_class_weights,
+    resident_images,
+)
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack, default_cache_dir
 from lightning_modules.errors import InputError
 from lightning_modules.feature_cache import FeatureCache
 from lightning_modules.feature_store import FeatureStore
-from lightning_modules.weights import WeightOrigin
+from lightning_modules.weights import WeightOrigin, num_initial_backbones
 from search.callbacks import ReportEpoch, TensorBoardCurves
 from search.checkpoint import AtomicCheckpointIO
 from search.data import check_same_data, prepare_data
 from search.space import Choice
 from search.sweep import Sweep, TrialParams
+from search.worker import WORKER
 
 # Lightning warns of what is meant here: frozen stages in eval mode, batches without worker
 # processes (there is nothing to decode), few batches an epoch.
@@ -66,6 +71,10 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
         config: What ``StudySearcher.suggest`` returned.
         run: What all trials share.
     """
+    if not run.on_gpu:
+        # The optimizer looks for GPUs at every step, which takes longer than a step of a head.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    leak = WORKER.leak_before_trial(cache_sizes())
     curves = TensorBoardCurves(
         log_dir=run.sweep.folder / "tensorboard" / config["name"],
         params=config["params"],
@@ -74,13 +83,13 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
         resume=config["resume"],
     )
     try:
-        _fit(config, _with_images(run), curves)
+        _fit(config, _with_images(run), curves, leak=leak)
     finally:
         # Lightning tears nothing down after an exception, and a stopped trial ends by one.
         curves.close()
 
 
-def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves) -> None:
+def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves, *, leak: str) -> None:
     sweep, resume = run.sweep, config["resume"]
     params = TrialParams(**config["params"])
     precision: Any = run.precisions[params.backbone]
@@ -113,6 +122,7 @@ def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves) -> None:
         resume=resume,
         checkpoint_io=checkpoint_io,
         cache=cache,
+        leak=leak,
     )
     trainer = pl.Trainer(
         accelerator="gpu" if run.on_gpu else "cpu",
@@ -130,6 +140,11 @@ def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves) -> None:
     )
     start_from = None if resume is None else str(sweep.folder / resume["last"]["path"])
     trainer.fit(module, datamodule=data, ckpt_path=start_from)
+
+
+def cache_sizes() -> tuple[int, ...]:
+    """Return how many entries each cache of this process has."""
+    return num_initial_backbones(), resident_images.cache_info().currsize
 
 
 def _with_images(run: Run) -> Run:
