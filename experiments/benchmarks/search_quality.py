@@ -7,17 +7,14 @@ Real learning curves without training: the LCBench surrogate, 34 tabular tasks, 
 """
 
 import argparse
-import datetime
 import functools
 import json
 import logging
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import onnxruntime
 import optuna
+from measurement import SHARED, provenance
 from optuna.trial import TrialState
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -270,17 +268,9 @@ def silence() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
-    shared = Path(os.environ.get("NEUROSWEEP_SHARED", Path(__file__).parents[3] / "shared"))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=shared / "data" / "lcbench")
+    parser.add_argument("--data", type=Path, default=SHARED / "data" / "lcbench")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", type=int, help="only the first so many tasks")
@@ -292,6 +282,7 @@ def main() -> None:
 
     space = json.loads((options.data / "config_space.json").read_text())
     names = sorted(space["hyperparameters"][0]["choices"])[: options.tasks]
+    facts = provenance("optuna", "ray", "onnxruntime", "numpy")
     start_s = time.perf_counter()
     run = functools.partial(run_task, options.data, seeds=options.seeds)
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
@@ -310,12 +301,8 @@ def main() -> None:
     print("\n" + ", ".join(f"{method} {spent:.0f} s" for method, spent in seconds.items()))
     if options.out:
         record = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "jobs": options.jobs},
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("optuna", "ray", "onnxruntime", "numpy")},
-            },
+            **facts,
+            "hardware": {**facts["hardware"], "jobs": options.jobs},
             "wall_s": time.perf_counter() - start_s,
             "seconds": seconds,
             "seeds": options.seeds,
