@@ -41,9 +41,11 @@ def build_pack_epochs(manifest: Manifest, pack: Pack, batch_size: int) -> Epoch:
     numbers = itertools.count()
 
     def epoch() -> Iterator[Tensor]:
-        data.train_batches.set_epoch(next(numbers))
-        for images, *_ in loader:
-            yield images
+        data.train_order.set_epoch(next(numbers))
+        for steps in loader:
+            for batch in steps:
+                assert batch.images is not None
+                yield batch.images
 
     return epoch
 
@@ -141,12 +143,11 @@ def private_mib() -> float:
 
 def read_all(pack: Pack, batch_size: int) -> None:
     """Gather every image once, a batch at a time, as training does."""
-    from lightning_modules.data.datamodule import PackDataset
+    from lightning_modules.data.datamodule import resident_images
 
-    images = pack.images()
-    dataset = PackDataset(images, torch.zeros(len(images), dtype=torch.int64).numpy())
+    images = resident_images(pack, torch.device("cpu"))
     for rows in torch.arange(len(images)).split(batch_size):
-        dataset[rows]
+        images[rows]
 
 
 def _measure_reader(pack: Pack, batch_size: int, results: Any) -> None:
