@@ -15,21 +15,22 @@ import cmaes  # type: ignore[import-untyped]
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import qmc  # type: ignore[import-untyped]
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
-from search.space import Choice, Space, from_unit, grid_of, to_distributions, to_unit
+from search.gp_sampler import RungGPSampler
+from search.space import Choice, Space, from_unit, grid_of, to_unit
+from search.space_sampler import SpaceSampler, sobol_point, value_at
 
 SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
 
 # A model is fitted on a scratch study in memory, one for each proposal: not worth a line each.
 logging.getLogger("optuna.storages._in_memory").setLevel(logging.WARNING)
 
-# Two levers of the rung samplers, set by measurement on 17 of the 34 tasks of
+# Two levers of the TPE, set by measurement on 17 of the 34 tasks of
 # experiments/benchmarks/search_quality.py; mean regret ± standard error over seeds, less is better.
 #
 # The model looks at the highest rung that so many trials have reached. Few trials that trained long
@@ -92,7 +93,7 @@ def build_sampler(
                 rung_epochs=rung_epochs,
             )
         case "gp":
-            return _RungGPSampler(
+            return RungGPSampler(
                 space=space,
                 seed=seed,
                 trial_number=trial_number,
@@ -111,31 +112,7 @@ def build_sampler(
             )
 
 
-class _SpaceSampler(BaseSampler):
-    """What the samplers below share: every parameter of a known space is drawn jointly."""
-
-    def __init__(self, space: Space) -> None:
-        self._space = space
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        fixed = trial.system_attrs.get("fixed_params", {})  # of an enqueued trial
-        return {n: d for n, d in to_distributions(self._space).items() if n not in fixed}
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        raise InputError(
-            f"every parameter must be in the space, got {param_name!r}: add it to the space"
-        )
-
-
-class RungTPESampler(_SpaceSampler):
+class RungTPESampler(SpaceSampler):
     """TPE with a model of its own for each rung of ASHA, after BOHB.
 
     Optuna's TPE ranks a trial that was stopped after 3 epochs by its value there, beside trials
@@ -187,21 +164,11 @@ class RungTPESampler(_SpaceSampler):
         observed = _observations(study, trial.number, self._mode, self._rung_epochs)
         is_random = np.random.default_rng(trial_seed).random() < RANDOM_SHARE
         if observed is None or is_random:
-            return _sobol_point(self._space, derive_seed(self._seed, "sobol"), self._trial_number)
-        return _propose(self._model(trial_seed), observed, search_space, self._mode)
-
-    def _model(self, seed: int) -> BaseSampler:
-        return TPESampler(n_startup_trials=1, seed=seed)
+            return sobol_point(self._space, derive_seed(self._seed, "sobol"), self._trial_number)
+        return _propose(trial_seed, observed, search_space, self._mode)
 
 
-class _RungGPSampler(RungTPESampler):
-    """The same with a Gaussian process; a proposal takes a second rather than milliseconds."""
-
-    def _model(self, seed: int) -> BaseSampler:
-        return GPSampler(n_startup_trials=1, seed=seed)
-
-
-class _CmaEsSampler(_SpaceSampler):
+class _CmaEsSampler(SpaceSampler):
     """CMA-ES whose state is rebuilt from the finished trials for every proposal.
 
     Optuna's own keeps its optimizer as a pickle in the study, which nobody should have to load to
@@ -259,13 +226,13 @@ class _CmaEsSampler(_SpaceSampler):
     def _badness(self, trial: FrozenTrial) -> tuple[float, float]:
         # CMA-ES looks at ranks only. A trial that got further beats one that was stopped before.
         for epoch in reversed(self._rung_epochs):
-            value = _value_at(trial, epoch, self._mode)
+            value = value_at(trial, epoch, self._mode)
             if value is not None:
                 return -epoch, -value if self._mode == "max" else value
         return 0, math.inf
 
 
-class _GridSampler(_SpaceSampler):
+class _GridSampler(SpaceSampler):
     """Every point of the grid once, in an order shuffled by the sweep seed.
 
     Optuna's own draws from what is left, and begins anew without a word when nothing is.
@@ -297,24 +264,6 @@ class _GridSampler(_SpaceSampler):
         return params
 
 
-def _value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
-    """Return a trial's best value up to an epoch; None if it was stopped before, or diverged.
-
-    The best and not the last, since the best epoch's checkpoint is what a sweep keeps; the regret
-    of the two could not be told apart. A complete trial that ended before the epoch had nothing
-    more to gain, so it counts there too.
-    """
-    if trial.state == TrialState.FAIL:
-        return None
-    values = {step: v for step, v in trial.intermediate_values.items() if math.isfinite(v)}
-    if not values or (max(values) < epoch and trial.state != TrialState.COMPLETE):
-        return None
-    reached = [value for step, value in values.items() if step <= epoch]
-    if not reached:
-        return None
-    return max(reached) if mode == "max" else min(reached)
-
-
 def _observations(
     study: Study, number: int, mode: str, rung_epochs: tuple[int, ...]
 ) -> list[tuple[FrozenTrial, float | None]] | None:
@@ -332,7 +281,7 @@ def _observations(
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.number != number and t.params]
     for epoch in reversed(rung_epochs):
-        values = {t.number: _value_at(t, epoch, mode) for t in trials}
+        values = {t.number: value_at(t, epoch, mode) for t in trials}
         known = [value for value in values.values() if value is not None]
         if len(known) < MIN_OBSERVATIONS:
             continue
@@ -343,8 +292,7 @@ def _observations(
             if value is not None:
                 observed.append((trial, value))
             elif trial.state == TrialState.FAIL:
-                # Diverged: no value, but bad everywhere, so it warns at every rung. Not worse than
-                # the worst, which would stretch the scale of the Gaussian process.
+                # Diverged: no value, but bad everywhere, so it warns at every rung.
                 observed.append((trial, worst))
             elif trial.state == TrialState.RUNNING:
                 observed.append((trial, None))
@@ -353,18 +301,19 @@ def _observations(
 
 
 def _propose(
-    model: BaseSampler,
+    seed: int,
     observed: Sequence[tuple[FrozenTrial, float | None]],
     distributions: dict[str, BaseDistribution],
     mode: str,
 ) -> dict[str, Any]:
-    """Ask one of Optuna's samplers, over a scratch study of values at one rung."""
+    """Ask Optuna's TPE, over a scratch study of values at one rung."""
     scratch = optuna.create_study(
-        direction="maximize" if mode == "max" else "minimize", sampler=model
+        direction="maximize" if mode == "max" else "minimize",
+        sampler=TPESampler(n_startup_trials=1, seed=seed),
     )
     for trial, value in observed:
-        # Running trials stay so: Optuna's samplers keep away from them (constant liar, qEI), so
-        # that workers that ask at the same time do not get the same params.
+        # Running trials stay so: TPE keeps away from them (constant liar), so that workers that ask
+        # at the same time do not get the same params.
         state = TrialState.RUNNING if value is None else TrialState.COMPLETE
         params = {name: trial.params[name] for name in distributions}
         scratch.add_trial(
@@ -373,18 +322,6 @@ def _propose(
             )
         )
     return scratch.ask(distributions).params
-
-
-def _sobol_point(space: Space, seed: int, index: int) -> dict[str, Any]:
-    """Draw a point of a scrambled Sobol sequence: random, but more even than random points."""
-    engine = qmc.Sobol(len(space), scramble=True, rng=np.random.default_rng(seed))
-    if index:
-        engine.fast_forward(index)
-    positions = engine.random(1)[0]
-    return {
-        name: from_unit(domain, float(position))
-        for (name, domain), position in zip(space.items(), positions, strict=True)
-    }
 
 
 def _permuted(index: int, size: int, seed: int) -> int:

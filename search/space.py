@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from optuna.distributions import (
     BaseDistribution,
@@ -155,23 +156,25 @@ def from_unit(domain: Domain, position: float) -> str | int | float | bool | Non
             return choices[min(int(position * len(choices)), len(choices) - 1)]
 
 
-def to_unit(domain: Float | Int, value: float) -> float:
+def to_unit(domain: Domain, value: Any) -> float:
     """Return the position of a value: the reverse of `from_unit`.
 
     Args:
-        domain: The domain of the parameter, one with an order.
+        domain: The domain of the parameter.
         value: A value in it.
 
     Returns:
-        From 0 to 1; for an integer the middle of its share.
+        From 0 to 1; for an integer or a choice the middle of its share.
     """
     match domain:
         case Float(low=low, high=high, log=True):
             return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
         case Float(low=low, high=high):
-            return (value - low) / (high - low)
+            return float((value - low) / (high - low))
         case Int(low=low, high=high):
-            return (value - low + 0.5) / (high - low + 1)
+            return float((value - low + 0.5) / (high - low + 1))
+        case Choice(choices=choices):
+            return (choices.index(value) + 0.5) / len(choices)
 
 
 def _to_distribution(domain: Domain) -> BaseDistribution:

@@ -111,7 +111,8 @@ class SearchSettings:
 
     Attributes:
         num_trials: Trials in all, the baseline included.
-        sampler: ``tpe`` fits a model per rung; the others are Optuna's own.
+        sampler: ``tpe`` fits a model per rung, ``gp`` one of all rungs; ``cma_es``, ``random``,
+            ``grid``.
         max_concurrent_trials: As many as the resources allow, if not given.
         time_budget_s: No trial goes on after this many seconds.
         keep_trials: How many of the best trials keep their checkpoints.

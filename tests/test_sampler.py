@@ -15,11 +15,14 @@ from optuna.trial import Trial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
+from search import gp_sampler
 from search.sampler import SAMPLERS, build_sampler, num_grid_points
 from search.space import Choice, Float, Int, Space, to_distributions
+from search.surrogate import Surrogate
 
 Params = dict[str, Any]
 RUNGS = (1, 2, 3)
+MODELS = ("tpe", "gp")
 SPACE = {
     "lr": Float(low=1e-4, high=1e-1, log=True),
     "dropout": Float(low=0.0, high=0.5),
@@ -87,47 +90,42 @@ def add_points(study: Study, *peaks: tuple[float, float], count: int = 40, **sta
         add(study, {"x": x, "y": y}, *values, **state)
 
 
-def distance_to(peak: tuple[float, float], study: Study, mode: str = "max") -> float:
+def distance_to(
+    peak: tuple[float, float], study: Study, kind: str = "tpe", mode: str = "max"
+) -> float:
     """The median distance to a point of what sweeps with several seeds would draw next."""
     trials = study.get_trials(deepcopy=False)
     distances = []
     for seed in range(20):
         copy = optuna.create_study(direction=study.direction.name.lower())
         copy.add_trials(trials)
-        copy.sampler = build("tpe", NUMBERS, len(trials), seed, mode)
+        copy.sampler = build(kind, NUMBERS, len(trials), seed, mode)
         params = copy.ask(to_distributions(NUMBERS)).params
         distances.append(math.hypot(params["x"] - peak[0], params["y"] - peak[1]))
     return float(np.median(distances))
 
 
-# A Gaussian process takes its time: a smaller space, and fewer trials than the others.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "trials", "space"),
-    [(kind, 15, SPACE) if kind != "gp" else (kind, 12, NUMBERS) for kind in SAMPLERS],
-)
-def test_a_resumed_sweep_draws_the_params_of_an_unkilled_one(
-    kind: str, trials: int, space: Space, tmp_path: Path
-) -> None:
-    unkilled = run(optuna.create_study(direction="maximize"), kind, trials, space)
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_resumed_sweep_draws_the_params_of_an_unkilled_one(kind: str, tmp_path: Path) -> None:
+    unkilled = run(optuna.create_study(direction="maximize"), kind, 15)
     storage = f"sqlite:///{tmp_path}/study.db"
     optuna.create_study(direction="maximize", storage=storage, study_name="sweep")
-    resumed = run(optuna.load_study(study_name="sweep", storage=storage), kind, 8, space)
-    resumed += run(optuna.load_study(study_name="sweep", storage=storage), kind, trials - 8, space)
+    resumed = run(optuna.load_study(study_name="sweep", storage=storage), kind, 8)
+    resumed += run(optuna.load_study(study_name="sweep", storage=storage), kind, 7)
     assert resumed == unkilled
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_a_kill_in_the_middle_of_a_trial_changes_nothing(kind: str) -> None:
-    space = NUMBERS if kind == "gp" else SPACE
     unkilled, killed = (optuna.create_study(direction="maximize") for _ in range(2))
-    run(unkilled, kind, 12, space)
-    run(killed, kind, 11, space)
-    half_trained = ask(killed, kind, space)
+    run(unkilled, kind, 12)
+    run(killed, kind, 11)
+    half_trained = ask(killed, kind)
     resumed = Trial(killed, half_trained._trial_id)  # trains on under its own number and params
     train(killed, resumed)
     assert resumed.params == unkilled.trials[-1].params
-    assert ask(killed, kind, space).params == ask(unkilled, kind, space).params
+    assert ask(killed, kind).params == ask(unkilled, kind).params
 
 
 def test_a_seed_is_the_same_in_every_process() -> None:
@@ -180,19 +178,21 @@ def test_trials_that_run_at_once_spread(kind: str) -> None:
     assert gaps.min() > 0.001
 
 
-def test_running_trials_push_the_next_proposal_away() -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_running_trials_push_the_next_proposal_away(kind: str) -> None:
     study = optuna.create_study(direction="maximize")
     add_points(study, (0.5, 0.5))
-    alone = distance_to((0.5, 0.5), study)
+    alone = distance_to((0.5, 0.5), study, kind)
     for offset in np.linspace(-0.05, 0.05, 5).tolist():
         add(study, {"x": 0.5 + offset, "y": 0.5 - offset}, state=TrialState.RUNNING)
-    assert distance_to((0.5, 0.5), study) > 1.5 * alone
+    assert distance_to((0.5, 0.5), study, kind) > 1.5 * alone
 
 
-def test_the_model_is_that_of_the_highest_rung_with_enough_trials() -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_higher_rung_overrules_a_lower_one(kind: str) -> None:
     study = optuna.create_study(direction="maximize")
     add_points(study, (0.2, 0.2), (0.8, 0.8))  # epoch 1 misleads, epoch 2 tells the truth
-    assert distance_to((0.8, 0.8), study) < 0.2
+    assert distance_to((0.8, 0.8), study, kind) < 0.2
 
 
 def test_a_rung_with_too_few_trials_is_not_modelled() -> None:
@@ -202,34 +202,38 @@ def test_a_rung_with_too_few_trials_is_not_modelled() -> None:
     assert distance_to((0.2, 0.2), study) < 0.2
 
 
-def test_a_running_trial_counts_at_the_rungs_it_has_passed() -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_running_trial_counts_at_the_rungs_it_has_passed(kind: str) -> None:
     study = optuna.create_study(direction="maximize")
     add_points(study, (0.8, 0.8), state=TrialState.RUNNING)
-    assert distance_to((0.8, 0.8), study) < 0.2
+    assert distance_to((0.8, 0.8), study, kind) < 0.2
 
 
-def test_a_trial_that_ended_early_by_itself_counts_at_the_rungs_above() -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_trial_that_ended_early_by_itself_counts_at_the_rungs_above(kind: str) -> None:
     study = optuna.create_study(direction="maximize")
     add_points(study, (0.8, 0.8), state=TrialState.COMPLETE)
     add_points(study, (0.2, 0.2))
-    assert distance_to((0.8, 0.8), study) < 0.2
+    assert distance_to((0.8, 0.8), study, kind) < 0.2
 
 
-def test_the_direction_of_the_metric_is_kept() -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_direction_of_the_metric_is_kept(kind: str) -> None:
     study = optuna.create_study(direction="minimize")
     for x, y in np.random.default_rng(0).random((40, 2)).tolist():
         add(study, {"x": x, "y": y}, math.hypot(x - 0.8, y - 0.8))
-    assert distance_to((0.8, 0.8), study, mode="min") < 0.2
+    assert distance_to((0.8, 0.8), study, kind, mode="min") < 0.2
 
 
-def test_diverged_trials_are_avoided() -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_diverged_trials_are_avoided(kind: str) -> None:
     study = optuna.create_study(direction="maximize")
     for x, y in np.random.default_rng(0).random((40, 2)).tolist():
         if x > 0.5:
             add(study, {"x": x, "y": y}, math.nan, state=TrialState.FAIL)
         else:
             add(study, {"x": x, "y": y}, y)
-    assert distance_to((0.25, 1.0), study) < 0.3
+    assert distance_to((0.25, 1.0), study, kind) < 0.3
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -251,6 +255,68 @@ def test_trials_without_a_usable_value_do_no_harm(kind: str, mode: str) -> None:
                 add(study, params, 0.5, 0.5, 0.5, state=TrialState.COMPLETE)
     params = ask(study, kind, NUMBERS, mode=mode).params
     assert all(0 <= value <= 1 for value in params.values())
+
+
+def test_trials_stopped_below_tell_the_gp_about_the_top() -> None:
+    study = optuna.create_study(direction="maximize")
+    add_points(study, (0.8, 0.8), count=30)  # stopped at the first rung
+    add_points(study, (0.8, 0.8), (0.8, 0.8), (0.8, 0.8), count=2)  # too few for a model alone
+    assert distance_to((0.8, 0.8), study, "gp") < 0.1
+
+
+def test_the_gp_takes_the_ends_of_stopped_and_running_trials_as_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    assume = Surrogate.assume
+
+    def record(model: Surrogate, points: np.ndarray, values: np.ndarray) -> None:
+        ends, _ = model.predict(np.vstack([points, [[0.8, 0.8]]]))
+        calls.append((points, values, ends))
+        assume(model, points, values)
+
+    monkeypatch.setattr(Surrogate, "assume", record)
+    study = optuna.create_study(direction="maximize")
+    add_points(study, (0.8, 0.8), count=20)  # stopped
+    add_points(study, (0.8, 0.8), (0.8, 0.8), (0.8, 0.8), count=5, state=TrialState.COMPLETE)
+    add(study, {"x": 0.1, "y": 0.1}, math.nan, state=TrialState.FAIL)
+    for x in (0.3, 0.6):
+        add(study, {"x": x, "y": x}, state=TrialState.RUNNING)
+    study.sampler = build("gp", NUMBERS, number=3)  # not one of the random ones
+    study.ask(to_distributions(NUMBERS))
+    [(points, values, ends)] = calls
+    unfinished = [
+        t for t in study.trials[:-1] if t.state in (TrialState.PRUNED, TrialState.RUNNING)
+    ]
+    assert sorted(points.tolist()) == sorted([t.params["x"], t.params["y"]] for t in unfinished)
+    assert sorted(points[:2].tolist()) == [[0.3, 0.3], [0.6, 0.6]]  # running trials come first
+    assert (values <= ends[:-1] + 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_space_of_choices_alone_is_searched(kind: str) -> None:
+    space: Space = {name: Choice(choices=("a", None, 1)) for name in "uvw"}
+    study = optuna.create_study(direction="maximize")
+    for _ in range(25):
+        trial = ask(study, kind, space)
+        score = float(sum(value == "a" for value in trial.params.values()))
+        for epoch in RUNGS:
+            trial.report(score, epoch)
+        study.tell(trial, score)
+    assert study.best_value == 3
+
+
+def test_the_gp_repeats_nothing_before_everything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gp_sampler, "RANDOM_SHARE", 0.0)
+    space: Space = {"u": Choice(choices=("a", "b", "c", "d")), "n": Int(low=1, high=3)}
+    study = optuna.create_study(direction="maximize")
+    tried: list[tuple[Any, ...]] = []
+    while len(set(tried)) < 12:
+        trial = ask(study, "gp", space)
+        params = tuple(trial.params.values())
+        assert len(tried) < gp_sampler.MIN_OBSERVATIONS or params not in tried
+        tried.append(params)
+        train(study, trial)
 
 
 def test_a_grid_tries_every_point_once_and_then_says_so() -> None:

@@ -183,6 +183,7 @@ METHODS: dict[str, Callable[[int, Curve], list[float]]] = {
     BASELINE: lambda seed, curve: run_asha(RandomSearcher(seed), curve),
     "ray: optuna + asha": lambda seed, curve: run_asha(ray_searcher(seed), curve),
     "ours: per-rung tpe + asha": lambda seed, curve: run_asha(OurSearcher("tpe", seed), curve),
+    "ours: gp + asha": lambda seed, curve: run_asha(OurSearcher("gp", seed), curve),
 }
 
 
@@ -291,7 +292,7 @@ def main() -> None:
             tasks.append(task)
             print(f"\r{len(tasks)}/{len(names)} tasks", end="", file=sys.stderr, flush=True)
 
-    # The levers of RungTPESampler were chosen on every other task, so the rest are the fair half.
+    # The levers of our samplers were chosen on every other task, so the rest are the fair half.
     groups = {"all": tasks} | ({"held out": tasks[1::2]} if len(tasks) > 1 else {})
     summaries = {name: summarise(group) for name, group in groups.items()}
     print(f"\nMean normalised regret (0 best known, 1 median configuration), {options.seeds} seeds")

@@ -1,0 +1,109 @@
+"""What the samplers share: the space, Sobol points, and a trial's value at a rung."""
+
+import math
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc  # type: ignore[import-untyped]
+
+from lightning_modules.errors import InputError
+from search.space import Space, from_unit, to_distributions
+
+
+class SpaceSampler(BaseSampler):
+    """A sampler that draws every parameter of a known space jointly.
+
+    Args:
+        space: The domain of each parameter.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Leave out what is fixed for an enqueued trial.
+
+        Args:
+            study: The sweep so far.
+            trial: The trial to fill.
+
+        Returns:
+            The distribution of each parameter to draw.
+        """
+        fixed = trial.system_attrs.get("fixed_params", {})
+        return {n: d for n, d in to_distributions(self._space).items() if n not in fixed}
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Refuse a parameter outside the space.
+
+        Args:
+            study: The sweep so far.
+            trial: The trial to fill.
+            param_name: The parameter.
+            param_distribution: Its distribution.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            f"every parameter must be in the space, got {param_name!r}: add it to the space"
+        )
+
+
+def value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
+    """Return a trial's best value up to an epoch.
+
+    The best and not the last, since the best epoch's checkpoint is what a sweep keeps; the regret
+    of the two could not be told apart. A complete trial that ended before the epoch had nothing
+    more to gain, so it counts there too.
+
+    Args:
+        trial: Any trial.
+        epoch: A rung.
+        mode: "max" or "min".
+
+    Returns:
+        The value; None if the trial was stopped before, or diverged.
+    """
+    if trial.state == TrialState.FAIL:
+        return None
+    values = {step: v for step, v in trial.intermediate_values.items() if math.isfinite(v)}
+    if not values or (max(values) < epoch and trial.state != TrialState.COMPLETE):
+        return None
+    reached = [value for step, value in values.items() if step <= epoch]
+    if not reached:
+        return None
+    return max(reached) if mode == "max" else min(reached)
+
+
+def sobol_point(space: Space, seed: int, index: int) -> dict[str, Any]:
+    """Draw a point of a scrambled Sobol sequence: random, but more even than random points.
+
+    Args:
+        space: The domain of each parameter.
+        seed: Which sequence.
+        index: Which of its points.
+
+    Returns:
+        The value of each parameter.
+    """
+    engine = qmc.Sobol(len(space), scramble=True, rng=np.random.default_rng(seed))
+    if index:
+        engine.fast_forward(index)
+    positions = engine.random(1)[0]
+    return {
+        name: from_unit(domain, float(position))
+        for (name, domain), position in zip(space.items(), positions, strict=True)
+    }
