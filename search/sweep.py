@@ -111,7 +111,7 @@ class SearchSettings:
 
     Attributes:
         num_trials: Trials in all, the baseline included.
-        sampler: ``tpe`` fits a model per rung, ``gp`` one of all rungs; ``cma_es``, ``random``,
+        sampler: ``gp`` fits one model of all rungs, ``tpe`` one per rung; ``cma_es``, ``random``,
             ``grid``.
         max_concurrent_trials: As many as the resources allow, if not given.
         time_budget_s: No trial goes on after this many seconds.
@@ -119,7 +119,7 @@ class SearchSettings:
     """
 
     num_trials: int = 32
-    sampler: str = "tpe"
+    sampler: str = "gp"
     max_concurrent_trials: int | None = None
     time_budget_s: float | None = None
     keep_trials: int = 5
