@@ -20,10 +20,11 @@ from torchmetrics.classification import (
 
 from lightning_modules.augmentation import Views
 from lightning_modules.augmentation_settings import AugmentationSettings
-from lightning_modules.backbones import freeze_below, pool
+from lightning_modules.backbones import pool
 from lightning_modules.data.datamodule import Batch, Steps
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
+from lightning_modules.stages import NUM_STAGES
 from lightning_modules.weights import IMAGENET_MEAN, IMAGENET_STD, initial_backbone, initial_digest
 
 # Images that frozen stages are given at once on a CPU.
@@ -109,8 +110,12 @@ class ImageClassifier(pl.LightningModule):
         self.seed = seed
 
         path = None if weights_path is None else Path(weights_path)
-        self.backbone = initial_backbone(backbone, path, seed=weights_seed)
-        self.frozen_stages = len(freeze_below(list(self.backbone.stages), unfreeze_depth))
+        if not 0 <= unfreeze_depth <= NUM_STAGES:
+            raise InputError(f"unfreeze_depth must be in [0, {NUM_STAGES}]; got {unfreeze_depth}")
+        self.frozen_stages = NUM_STAGES - unfreeze_depth
+        self.backbone = initial_backbone(
+            backbone, path, seed=weights_seed, num_frozen=self.frozen_stages
+        )
         self.dropout = nn.Dropout(dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed("head", seed))

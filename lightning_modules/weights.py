@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from lightning_modules.backbones import Backbone, build_network
+from lightning_modules.backbones import Backbone, build_network, freeze_below
 from lightning_modules.errors import InputError
 from lightning_modules.files import sha256_of
 from lightning_modules.stages import HEAD_MODULE
@@ -103,9 +103,25 @@ def load_weights(backbone: str, path: Path | None, *, seed: int) -> Backbone:
     return built
 
 
-def initial_backbone(backbone: str, path: Path | None, *, seed: int) -> Backbone:
-    """Return what ``load_weights`` does, read once a process and copied from then on."""
-    return copy.deepcopy(_initial(backbone, path, _version_of(path), seed))
+def initial_backbone(backbone: str, path: Path | None, *, seed: int, num_frozen: int) -> Backbone:
+    """Return what ``load_weights`` does, with its first stages frozen; read once a process.
+
+    The frozen stages are the same modules each time, since nobody changes them; the others are
+    copies of their own.
+
+    Args:
+        backbone: One of ``BACKBONES``.
+        path: A local file; none for random weights.
+        seed: What random weights are drawn from.
+        num_frozen: How many stages, stem first, are frozen.
+    """
+    initial = _initial(backbone, path, _version_of(path), seed)
+    frozen = {id(stage): stage for stage in initial.stages[:num_frozen]}
+    copied = copy.deepcopy(initial, memo=dict(frozen))
+    freeze_below(list(copied.stages), len(copied.stages) - num_frozen)
+    for stage in copied.stages[num_frozen:]:
+        stage.requires_grad_(True).train()
+    return copied
 
 
 def initial_digest(backbone: str, path: Path | None, *, seed: int, num_stages: int) -> str:
