@@ -1,0 +1,145 @@
+"""A backbone is trained in bf16 where that was measured to pay; GPUs are shared by measured memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_modules import step_cost
+from lightning_modules.step_cost import StepCost, choose_precisions, measure_step
+from search.resources import share_of, shares_of
+from search.sweep import TrialParams
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Steps that take as long as is said here; what was asked for, in order."""
+    asked: list[tuple[str, str]] = []
+    step_s = {
+        ("resnet50", "32-true"): 2.0,
+        ("resnet50", "bf16-mixed"): 1.0,
+        ("mobilenet_v2", "32-true"): 1.1,
+        ("mobilenet_v2", "bf16-mixed"): 1.0,
+    }
+
+    def measure(backbone: str, *, precision: str, **_: Any) -> StepCost:
+        asked.append((backbone, precision))
+        return StepCost(step_s=step_s[backbone, precision], peak_bytes=0)
+
+    monkeypatch.setattr(step_cost, "measure_step", measure)
+    monkeypatch.setattr(step_cost, "_computes_in_bf16", lambda device: True)
+    return asked
+
+
+def choose(cache_dir: Path, *backbones: str, image_size_px: int = 96) -> dict[str, str]:
+    return choose_precisions(
+        backbones, image_size_px=image_size_px, device=CPU, cache_dir=cache_dir
+    )
+
+
+def test_bf16_is_taken_where_it_is_clearly_faster(
+    measured: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    chosen = choose(tmp_path, "resnet50", "mobilenet_v2")
+    assert chosen == {"resnet50": "bf16-mixed", "mobilenet_v2": "32-true"}  # 2x, and 1.1x
+
+
+def test_each_backbone_and_size_is_measured_once(
+    measured: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    first = choose(cache, "resnet50")
+    assert len(measured) == 2
+    assert choose(cache, "resnet50") == first
+    assert len(measured) == 2
+    choose(cache, "resnet50", image_size_px=224)
+    assert len(measured) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"not json", b'{"a": 1}'])
+def test_a_damaged_cache_is_measured_anew(
+    measured: list[tuple[str, str]], tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "precisions.json").write_bytes(content)
+    assert choose(tmp_path, "resnet50") == {"resnet50": "bf16-mixed"}
+    assert len(measured) == 2
+    assert "bf16-mixed" in json.loads((tmp_path / "precisions.json").read_bytes()).values()
+
+
+def test_without_bf16_in_hardware_nothing_is_measured(
+    measured: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(step_cost, "_computes_in_bf16", lambda device: False)
+    assert choose(tmp_path, "resnet50") == {"resnet50": "32-true"}
+    assert measured == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_is_measured_on_this_machine(precision: str) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    cost = measure_step(
+        "mobilenet_v2",
+        unfreeze_depth=5,
+        batch_size=4,
+        image_size_px=32,
+        precision=precision,
+        device=CPU,
+    )
+    assert cost.step_s > 0
+    assert cost.peak_bytes == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+def test_a_deeper_step_takes_more_of_a_gpu(device: str) -> None:
+    peaks = [
+        measure_step(
+            "resnet50",
+            unfreeze_depth=depth,
+            batch_size=16,
+            image_size_px=224,
+            precision="bf16-mixed",
+            device=torch.device(device),
+        ).peak_bytes
+        for depth in (0, 5)
+    ]
+    assert step_cost.CONTEXT_BYTES < peaks[0] < peaks[1]
+
+
+# Shares of a GPU
+
+
+def test_a_share_is_one_in_as_many_trials_as_fit_with_a_margin() -> None:
+    gib = 2**30
+    peaks = {
+        "resnet50 5 32": 10 * gib,  # 80 / 12.5 = 6.4: six fit
+        "resnet50 0 32": gib,  # 64 fit, but the CPUs are enough for 16
+        "resnet50 5 512": 70 * gib,  # with its margin not even one: it gets all there is
+    }
+    assert shares_of(peaks, 80 * gib, max_trials=16) == {
+        ("resnet50", 5, 32): 1 / 6,
+        ("resnet50", 0, 32): 1 / 16,
+        ("resnet50", 5, 512): 1.0,
+    }
+
+
+def test_a_trial_takes_the_share_of_the_next_larger_batch() -> None:
+    shares = {
+        ("mobilenet_v2", 1, 16): 0.1,
+        ("mobilenet_v2", 1, 64): 0.25,
+        ("mobilenet_v2", 2, 64): 0.5,
+    }
+
+    def share(depth: int, batch_size: int) -> float:
+        return share_of(TrialParams(unfreeze_depth=depth, batch_size=batch_size), shares)
+
+    assert [share(1, 8), share(1, 16), share(1, 17), share(1, 64)] == [0.1, 0.1, 0.25, 0.25]
+    assert share(2, 16) == 0.5
+    assert share(1, 65) == 1.0  # nothing as large was measured
+    assert share(3, 16) == 1.0
