@@ -109,8 +109,8 @@ def choose_precisions(
         return dict.fromkeys(backbones, "32-true")
     path = cache_dir / "precisions.json"
     known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_bytes())
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads(path.read_bytes()))
     where = f"{_name_of(device)} torch {torch.__version__} {torch.get_num_threads()} threads"
     chosen = {}
     for backbone in backbones:

@@ -1,4 +1,4 @@
-"""A backbone is trained in bf16 where that was measured to pay; GPUs are shared by measured memory."""
+"""bf16 is taken where that was measured to pay; GPUs are shared by measured memory."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_each_backbone_and_size_is_measured_once(
     assert len(measured) == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"not json", b'{"a": 1}'])
+@pytest.mark.parametrize("content", [b"", b"not json", b"[1]", b"3", b'{"a": 1}'])
 def test_a_damaged_cache_is_measured_anew(
     measured: list[tuple[str, str]], tmp_path: Path, content: bytes
 ) -> None:
