@@ -139,25 +139,41 @@ def _run(
     *,
     is_local: bool,
 ) -> None:
-    sweep = record.sweep
-    resources = _trial_resources(sweep)
-    trials = record.trials()
-    scheduler = ResumableASHA(sweep, trials)
-    recorder = StudyRecorder(record, scheduler)
-    unfinished = recorder.take_up()
-    remaining = len(unfinished) + sweep.search.num_trials - len(trials)
-    if remaining <= 0:
-        return
-    concurrent = sweep.search.max_concurrent_trials or _max_concurrent(resources)
+    resources = _trial_resources(record.sweep)
     trainable = tune.with_parameters(
         train_trial,
-        sweep=sweep,
+        sweep=record.sweep,
         manifest=manifest,
         pack=pack,
         weights=weights,
         on_gpu=resources["gpu"] > 0,
     )
-    with tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
+    run_trials(record, trainable, resources, is_local=is_local)
+
+
+def run_trials(
+    record: Record, trainable: Any, resources: dict[str, float], *, is_local: bool
+) -> None:
+    """Run the trials that a record has yet to see the end of.
+
+    Args:
+        record: Where trials come from, and where everything they report goes.
+        trainable: Reports epochs to Ray Tune, as ``train_trial`` does.
+        resources: What a trial takes.
+        is_local: Whether all of it happens on this machine.
+
+    Raises:
+        InputError: If the sweep's storage gave out.
+    """
+    sweep = record.sweep
+    scheduler = ResumableASHA(sweep, record.trials())
+    recorder = StudyRecorder(record, scheduler)
+    unfinished = recorder.take_up()
+    remaining = len(unfinished) + sweep.search.num_trials - record.num_trials
+    if remaining <= 0:
+        return
+    concurrent = sweep.search.max_concurrent_trials or _max_concurrent(resources)
+    with record.being_written(), tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
         # Never read back, but on a cluster every node has to see it.
         ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
         tuner = tune.Tuner(
