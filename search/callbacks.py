@@ -18,7 +18,7 @@ from lightning_modules.data.datamodule import Steps
 from lightning_modules.feature_cache import FeatureCache
 from search.checkpoint import AtomicCheckpointIO
 from search.figures import draw_confusion, tile
-from search.record import CheckpointFile
+from search.recorded import CheckpointFile
 
 CURVES = (
     "train_loss",

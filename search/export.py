@@ -29,7 +29,8 @@ from lightning_modules.weights import (
 from search.checkpoint import AtomicCheckpointIO
 from search.checkpoint_files import is_whole
 from search.data import check_same_data, prepare_data
-from search.record import Epoch, Record, Trial
+from search.record import Record
+from search.recorded import Epoch, Trial
 from search.results import best_trial
 from search.trial import build_module
 

@@ -4,33 +4,27 @@ Everything is committed as it arrives and read back from here alone; nothing is 
 sweep consists of is said by ``Sweep``; who runs it, by ``tuner``.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import optuna
-import sqlalchemy.exc
-from optuna.storages import BaseStorage
+from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
+from search.recorded import CheckpointFile, Epoch, State, Trial
 from search.sampler import build_sampler
 from search.space import to_distributions
+from search.study_storage import STORAGE_ERRORS, open_storage, unreachable, write_ahead
+from search.study_tables import KnownTrials, StudyTables, known_trial
 from search.sweep import Sweep, TrialParams
-
-# Its news of every study and trial would break into our own lines.
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-# What a study raises when its storage is full, locked, or gone.
-STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
-
-State = Literal["running", "complete", "pruned", "failed"]
 
 STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
@@ -39,99 +33,32 @@ STATES: dict[TrialState, State] = {
     TrialState.FAIL: "failed",
 }
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointFile:
-    """A checkpoint on the sweep's storage.
-
-    Attributes:
-        path: Relative to the sweep's folder.
-        digest: SHA-256 of the file.
-        epoch: Epochs trained when it was written.
-    """
-
-    path: str
-    digest: str
-    epoch: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Epoch:
-    """What one epoch of a trial reported.
-
-    Attributes:
-        epoch: Counted from 1.
-        metrics: By name; a value that is not finite is none.
-        confusion: Validation images, true classes down, predicted classes across.
-        last: To go on from; none after the final epoch.
-        best: Of the best epoch so far.
-        stopped: Why the trial ended with this epoch: ``asha``, ``diverged``, ``time_budget``,
-            ``max_epochs``; empty if it went on.
-        features: What became of the frozen stages' features: cached, or computed, and why.
-        ran_on: Host, device, and precision.
-    """
-
-    epoch: int
-    metrics: dict[str, float | None]
-    confusion: list[list[int]]
-    last: CheckpointFile | None
-    best: CheckpointFile | None
-    stopped: str
-    features: str
-    ran_on: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
-    """One trial as recorded.
-
-    Attributes:
-        number: Its place in the sweep; the baseline is 0.
-        params: All of them, searched or not.
-        seed: Governs its head, dropout, and batch order.
-        state: ``running`` also if it was interrupted and waits to be resumed.
-        epochs: In order, without gaps.
-        attempt: How often it was started before.
-        reason: Why it ended, for people.
-    """
-
-    number: int
-    params: TrialParams
-    seed: int
-    state: State
-    epochs: tuple[Epoch, ...]
-    attempt: int
-    reason: str
-
-    @property
-    def name(self) -> str:
-        """Short and sortable: names the trial's folder and TensorBoard run."""
-        return f"{self.number:05d}-{self.params.backbone}-d{self.params.unfreeze_depth}"
-
-    def best_epoch(self, metric: str, mode: str) -> Epoch | None:
-        """Return the epoch with the best finite value, the earliest of equals; none if none."""
-        finite = [epoch for epoch in self.epochs if epoch.metrics.get(metric) is not None]
-        sign = 1 if mode == "max" else -1
-        return max(finite, key=lambda epoch: sign * (epoch.metrics[metric] or 0.0), default=None)
+# What becomes of a trial that an epoch stopped; for every other reason it is pruned.
+ENDINGS: dict[str, State] = {"max_epochs": "complete", "diverged": "failed"}
 
 
 class Record:
     """A sweep's study, open for reading and writing.
 
-    One process writes at a time: the one that holds the sweep's lock.
+    One process writes at a time: the one that holds the sweep's lock. So what that one knows of the
+    trials needs no looking up: their numbers, params, states, and values are kept in memory, about
+    a KiB a trial; everything else is in the database only.
 
     Args:
         sweep: The sweep it belongs to.
-        study: Its Optuna study.
-        storage: The study's storage.
+        storage: The storage of its Optuna study.
     """
 
-    def __init__(self, sweep: Sweep, study: optuna.Study, storage: BaseStorage) -> None:
+    def __init__(self, sweep: Sweep, storage: RDBStorage) -> None:
         self.sweep = sweep
-        self._study = study
         self._storage = storage
-        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._study_id = storage.get_study_id_from_name(sweep.name)
+        self._tables = StudyTables(storage, self._study_id)
         self._distributions = to_distributions(sweep.space)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Stay out of Ray's snapshot, which is never read back."""
+        return {}
 
     @classmethod
     def create(cls, sweep: Sweep, facts: Mapping[str, Any]) -> "Record":
@@ -145,19 +72,19 @@ class Record:
             InputError: If there is one of that name, or the storage cannot be reached.
         """
         direction = StudyDirection.MAXIMIZE if sweep.mode == "max" else StudyDirection.MINIMIZE
-        storage = _open_storage(sweep)
+        storage = open_storage(sweep)
         try:
             study = optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)
             for name, value in facts.items():
                 study.set_user_attr(name, value)
+            return cls(sweep, storage)
         except optuna.exceptions.DuplicatedStudyError as error:
             raise InputError(
                 f"the sweep's name must be new; the study storage holds a {sweep.name} already, of "
                 "another folder or of a launch that was killed: take another with `--name`"
             ) from error
         except STORAGE_ERRORS as error:
-            raise _unreachable(sweep, error) from error
-        return cls(sweep, study, storage)
+            raise unreachable(sweep, error) from error
 
     @classmethod
     def open(cls, sweep: Sweep) -> "Record":
@@ -171,25 +98,30 @@ class Record:
                 f"a sweep's record must exist; no study.db in {sweep.folder}: it was never "
                 "launched, or its folder was moved"
             )
-        storage = _open_storage(sweep)
+        storage = open_storage(sweep)
         try:
-            study = optuna.load_study(storage=storage, study_name=sweep.name)
-            return cls(sweep, study, storage)
+            return cls(sweep, storage)
         except KeyError as error:
             raise InputError(
                 f"the study storage must hold {sweep.name}; it does not: check --storage"
             ) from error
         except STORAGE_ERRORS as error:
-            raise _unreachable(sweep, error) from error
+            raise unreachable(sweep, error) from error
 
     @property
     def facts(self) -> dict[str, Any]:
         """What holds for the whole sweep."""
-        return self._study.user_attrs
+        return self._storage.get_study_user_attrs(self._study_id)
+
+    @contextlib.contextmanager
+    def being_written(self) -> Iterator[None]:
+        """Make many commits cheap for as long as this process runs the sweep."""
+        with write_ahead(self._storage):
+            yield
 
     def add_fact(self, name: str, value: Any) -> None:
         """Record something that holds for the whole sweep and is known only once it runs."""
-        self._study.set_user_attr(name, value)
+        self._storage.set_study_user_attr(self._study_id, name, value)
 
     def draw(self) -> Trial:
         """Draw the next trial's params and record it as running, all in one commit.
@@ -197,24 +129,36 @@ class Record:
         The first is the baseline. The sampler's generator is a function of (sweep seed, trial
         number) alone.
         """
-        number = len(self._study.get_trials(deepcopy=False))
+        number = self.num_trials
         if number == 0:
             baseline = dataclasses.asdict(self.sweep.params)
             drawn = {name: baseline[name] for name in self.sweep.space}
         else:
             drawn = self._sample(number)
-        params = dataclasses.asdict(dataclasses.replace(self.sweep.params, **drawn))
-        created = create_trial(
-            state=TrialState.RUNNING,
-            params=drawn,
-            distributions=self._distributions,
-            user_attrs={"params": params, "seed": derive_seed("trial", self.sweep.seed, number)},
-            # Optuna's mark of a trial that no sampler has drawn.
-            system_attrs={"fixed_params": drawn} if number == 0 else {},
+        params = dataclasses.replace(self.sweep.params, **drawn)
+        seed = derive_seed("trial", self.sweep.seed, number)
+        # Optuna's mark of a trial that no sampler has drawn.
+        marks = {"fixed_params": drawn} if number == 0 else {}
+        trial_id = self._tables.add_trial(
+            number,
+            drawn,
+            self._distributions,
+            user_attributes={"params": dataclasses.asdict(params), "seed": seed},
+            system_attributes=marks,
         )
-        created.datetime_start = datetime.now()
-        self._storage.create_new_trial(self._study_id, template_trial=created)
-        return self.trial(number)
+        known = known_trial(trial_id, number, self._distributions)
+        known.params.update(drawn)
+        known.system_attrs.update(marks)
+        self._known.append(known)
+        return Trial(
+            number=number,
+            params=params,
+            seed=seed,
+            state="running",
+            epochs=(),
+            attempt=0,
+            reason="",
+        )
 
     def _sample(self, number: int) -> dict[str, Any]:
         """Ask the sampler without creating a trial: `study.ask` commits param by param."""
@@ -236,59 +180,91 @@ class Record:
 
     def restart(self, number: int) -> Trial:
         """Record that an unfinished trial is started once more."""
-        attempt = self.trial(number).attempt + 1
-        self._storage.set_trial_user_attr(self._trial_id(number), "attempt", attempt)
-        return self.trial(number)
+        trial = self.trial(number)
+        restarted = dataclasses.replace(trial, attempt=trial.attempt + 1)
+        self._tables.update_trial(self._trial_id(number), {"attempt": restarted.attempt})
+        return restarted
 
     def add_epoch(self, number: int, epoch: Epoch) -> None:
-        """Commit what an epoch reported; recording the same epoch again changes nothing else."""
-        trial_id = self._trial_id(number)
-        # The attribute first: it is the truth, the intermediate value is Optuna's view of it.
-        self._storage.set_trial_user_attr(
-            trial_id, f"epoch_{epoch.epoch:05d}", json.dumps(dataclasses.asdict(epoch))
-        )
-        self._report(trial_id, epoch)
+        """Record what an epoch reported, and if it stopped the trial, its end, in one commit.
 
-    def repair(self, number: int) -> None:
-        """Complete Optuna's view of a trial whose driver died between the two commits."""
-        trial_id = self._trial_id(number)
-        known = self._storage.get_trial(trial_id).intermediate_values
-        for epoch in self.trial(number).epochs:
-            if epoch.epoch not in known:
-                self._report(trial_id, epoch)
-
-    def _report(self, trial_id: int, epoch: Epoch) -> None:
+        Recording the same epoch again changes nothing else.
+        """
         value = epoch.metrics.get(self.sweep.metric)
-        if value is not None:
-            self._storage.set_trial_intermediate_value(trial_id, epoch.epoch, value)
+        values = {} if value is None else {epoch.epoch: value}
+        attributes = {_epoch_name(epoch.epoch): json.dumps(dataclasses.asdict(epoch))}
+        state: State = "running"
+        if epoch.stopped:
+            state = ENDINGS.get(epoch.stopped, "pruned")
+            attributes["reason"] = epoch.stopped
+        self._update(number, attributes, values, state)
 
     def finish(self, number: int, state: State, reason: str) -> None:
-        """Tell Optuna how a trial ended; a complete one by its best epoch's value."""
-        self._storage.set_trial_user_attr(self._trial_id(number), "reason", reason)
+        """Record how a trial ended that no epoch stopped."""
+        self._update(number, {"reason": reason}, {}, state)
+
+    def _update(
+        self, number: int, attributes: dict[str, Any], values: dict[int, float], state: State
+    ) -> None:
+        known = self._known[number]
+        if known.state.is_finished():
+            raise RuntimeError(f"trial {number} has ended: {known.state.name.lower()}")
+        told = next(key for key, name in STATES.items() if name == state)
+        reported = known.intermediate_values | values
         value = None
         if state == "complete":
-            best = self.trial(number).best_epoch(self.sweep.metric, self.sweep.mode)
-            value = None if best is None else best.metrics[self.sweep.metric]
-        told = next(key for key, name in STATES.items() if name == state)
-        self._study.tell(number, value, state=told)
+            # By its best epoch, whose checkpoint is kept.
+            value = self._best(reported)
+        elif state == "pruned" and reported:
+            value = reported[max(reported)]  # as Optuna does
+        known.datetime_complete = self._tables.update_trial(
+            known._trial_id, attributes, intermediate_values=values, state=told, value=value
+        )
+        known.intermediate_values = reported
+        known.state = told
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials were started."""
+        return len(self._known)
+
+    def state(self, number: int) -> State:
+        """Return how a trial stands."""
+        return STATES[self._known[number].state]
+
+    def best_value(self, number: int) -> float | None:
+        """Return a trial's best finite value of the metric; none if it has none."""
+        values = self._known[number].intermediate_values
+        return self._best(values) if values else None
+
+    def _best(self, values: Mapping[int, float]) -> float:
+        return (max if self.sweep.mode == "max" else min)(values.values())
 
     def is_finished(self) -> bool:
         """Tell whether every trial of the sweep has ended."""
-        trials = self._study.get_trials(deepcopy=False)
-        return len(trials) >= self.sweep.search.num_trials and all(
-            trial.state.is_finished() for trial in trials
+        return self.num_trials >= self.sweep.search.num_trials and all(
+            trial.state.is_finished() for trial in self._known
         )
 
     def trial(self, number: int) -> Trial:
-        """Return one trial."""
-        return _read_trial(self._storage.get_trial(self._trial_id(number)))
+        """Return one trial, read from the database."""
+        [found] = self._tables.read_user_attributes(number)
+        return _read_trial(*found)
 
     def trials(self) -> list[Trial]:
-        """Return every trial that was started, by number."""
-        return [_read_trial(trial) for trial in self._study.get_trials(deepcopy=False)]
+        """Return every trial that was started, by number, read from the database."""
+        return [_read_trial(*found) for found in self._tables.read_user_attributes()]
+
+    @functools.cached_property
+    def _known(self) -> list[FrozenTrial]:
+        return self._tables.read_trials(self._distributions)
+
+    @functools.cached_property
+    def _study(self) -> optuna.Study:
+        return KnownTrials(self.sweep.name, self._storage, self._known)
 
     def _trial_id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        return self._known[number]._trial_id
 
 
 def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -296,8 +272,11 @@ def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(v) if math.isfinite(v) else None for name, v in metrics.items()}
 
 
-def _read_trial(frozen: FrozenTrial) -> Trial:
-    attributes = frozen.user_attrs
+def _epoch_name(epoch: int) -> str:
+    return f"epoch_{epoch:05d}"
+
+
+def _read_trial(number: int, state: TrialState, attributes: Mapping[str, Any]) -> Trial:
     epochs = []
     for name in sorted(attributes):
         if name.startswith("epoch_"):
@@ -307,38 +286,11 @@ def _read_trial(frozen: FrozenTrial) -> Trial:
                     stored[kind] = CheckpointFile(**stored[kind])
             epochs.append(Epoch(**stored))
     return Trial(
-        number=frozen.number,
+        number=number,
         params=TrialParams(**attributes["params"]),
         seed=attributes["seed"],
-        state=STATES[frozen.state],
+        state=STATES[state],
         epochs=tuple(epochs),
         attempt=attributes.get("attempt", 0),
         reason=attributes.get("reason", ""),
-    )
-
-
-def _open_storage(sweep: Sweep) -> optuna.storages.RDBStorage:
-    url = sweep.study_url or f"sqlite:///{sweep.folder / 'study.db'}"
-    try:
-        # A dashboard that reads may hold SQLite's lock for a moment: wait for it.
-        options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except (ImportError, ValueError, *STORAGE_ERRORS) as error:
-        raise _unreachable(sweep, error) from error
-
-
-def _unreachable(sweep: Sweep, error: BaseException) -> InputError:
-    # Optuna wraps what the database says.
-    reason = (str(error.__cause__ or error).splitlines() or [""])[0]
-    if sweep.study_url is not None:
-        return InputError(
-            f"the study storage {sweep.study_url.rsplit('@')[-1]} must be reachable; {reason}: "
-            "check study_url"
-        )
-    remedy = "free space there, or give another folder with `--storage`"
-    if "full" not in reason:
-        remedy = "restore it from a copy, or launch anew with `--name`"
-    return InputError(
-        f"the sweep's record {sweep.folder / 'study.db'} must be readable and writable; {reason}: "
-        f"{remedy}"
     )

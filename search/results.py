@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lightning_modules.errors import InputError
 from search.config import load_sweep
-from search.record import Record, Trial
+from search.record import Record
+from search.recorded import Trial
 from search.sweep import Sweep
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from search.record import Trial
+from search.ray_memory import forget_finished
+from search.recorded import Trial
 from search.sweep import Sweep
 
 
@@ -22,7 +23,7 @@ class ResumableASHA(ASHAScheduler):
         trials: What the record holds, empty for a new sweep.
 
     Attributes:
-        reasons: Why a trial was stopped, by its id: ``asha``, ``diverged``, or ``max_epochs``.
+        reasons: Why a trial was just stopped, by its id: ``asha``, ``diverged``, or ``max_epochs``.
         cutoffs: The value it had to reach to go on, by its id.
 
     References:
@@ -43,20 +44,27 @@ class ResumableASHA(ASHAScheduler):
         )
         self._sweep = sweep
         self._sign = 1.0 if sweep.mode == "max" else -1.0
-        self._recorded = {trial.number: trial for trial in trials}
+        self._unfinished: dict[int, Trial] = {}
         self.reasons: dict[str, str] = {}
         self.cutoffs: dict[str, float] = {}
-        for trial in self._recorded.values():
-            if trial.state != "running" or (trial.epochs and trial.epochs[-1].stopped):
+        for trial in trials:
+            if trial.state == "running":
+                self._unfinished[trial.number] = trial
+            else:
                 # Under a name that no live trial has: only its place in the rungs is needed.
                 self._replay(trial, f"recorded-{trial.number}")
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Put a resumed trial's recorded epochs into the rungs under its new id."""
         super().on_trial_add(tune_controller, trial)
-        recorded = self._recorded.get(trial.config["number"])
+        recorded = self._unfinished.pop(trial.config["number"], None)
         if recorded is not None:
             self._replay(recorded, trial.trial_id)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Leave the order to Ray, which asks at every step and goes through all the trials."""
+        forget_finished(tune_controller)
+        return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide whether a trial goes on, and remember why not."""
@@ -76,6 +84,8 @@ class ResumableASHA(ASHAScheduler):
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Forget a trial that ended; the value that diverged stays out of the rungs."""
+        self.reasons.pop(trial.trial_id, None)
+        self.cutoffs.pop(trial.trial_id, None)
         if _is_finite(result):
             super().on_trial_complete(tune_controller, trial, result)
         else:

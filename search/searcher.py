@@ -13,17 +13,10 @@ from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
 from search.checkpoint_files import newest_whole, remove_all_but
-from search.record import (
-    STORAGE_ERRORS,
-    CheckpointFile,
-    Epoch,
-    Record,
-    State,
-    Trial,
-    encode_metrics,
-)
-from search.results import rank
+from search.record import Record, encode_metrics
+from search.recorded import CheckpointFile, Epoch, Trial
 from search.scheduler import ResumableASHA
+from search.study_storage import STORAGE_ERRORS
 from search.sweep import METRIC_MODES
 
 # What the operating system says when it is the storage's fault and not the trial's: no space left,
@@ -52,7 +45,6 @@ class StudySearcher(Searcher):
         self._record = record
         self._recorder = recorder
         self._unfinished = deque(unfinished)
-        self._num_drawn = len(record.trials())
 
     def suggest(self, trial_id: str) -> Any:
         """Return what a worker needs to run the next trial, or that there is none."""
@@ -62,9 +54,8 @@ class StudySearcher(Searcher):
                 pass
             elif self._unfinished:
                 trial = self._record.restart(self._unfinished.popleft().number)
-            elif self._num_drawn < self._record.sweep.search.num_trials:
+            elif self._record.num_trials < self._record.sweep.search.num_trials:
                 trial = self._record.draw()
-                self._num_drawn += 1
         if trial is None:
             return Searcher.FINISHED
         return {
@@ -118,7 +109,8 @@ class StudyRecorder(Callback):
     def __init__(self, record: Record, scheduler: ResumableASHA) -> None:
         self._record = record
         self._scheduler = scheduler
-        self._kept: list[Trial] = []
+        # Of the best few: the score, and the number turned round, so that the earlier one wins.
+        self._kept: list[tuple[float, int]] = []
         self.storage_error = ""
         self.deadline_s = time.monotonic() + (record.sweep.search.time_budget_s or math.inf)
 
@@ -137,25 +129,23 @@ class StudyRecorder(Callback):
     def take_up(self) -> list[Trial]:
         """Bring the record in order after a kill; return the trials to run again.
 
-        A trial whose ending was decided but not told is told; values that Optuna misses are
-        reported; checkpoints that should have gone go.
+        Checkpoints that should have gone go.
         """
         unfinished = []
         for trial in self._record.trials():
-            if trial.state != "running":
-                self._retain(trial)
-                continue
-            self._record.repair(trial.number)
-            if trial.epochs and trial.epochs[-1].stopped:
-                self._settle(trial)
-            else:
+            if trial.state == "running":
                 unfinished.append(trial)
+            else:
+                self._retain(trial.number, trial.epochs[-1].best if trial.epochs else None)
         return unfinished
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Commit an epoch, with the decision that the scheduler has just taken on it."""
+        """Commit an epoch, with the decision that the scheduler has just taken on it.
+
+        If that ended the trial, its end is in the same commit.
+        """
         stopped = ""
         if result.get("done"):
             at_end = result["epoch"] >= self._record.sweep.training.max_epochs
@@ -174,15 +164,8 @@ class StudyRecorder(Callback):
         if not self.storage_error:
             with self.storage_guard():
                 self._record.add_epoch(trial.config["number"], epoch)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell the study how a trial ended."""
-        if self.storage_error:
-            return
-        with self.storage_guard():
-            recorded = self._record.trial(trial.config["number"])
-            if recorded.state == "running" and recorded.epochs and recorded.epochs[-1].stopped:
-                self._settle(recorded)
+                if stopped:
+                    self._retain(trial.config["number"], epoch.best)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell the study that a trial failed, unless its worker or the storage did."""
@@ -193,36 +176,32 @@ class StudyRecorder(Callback):
             self.storage_error = reason
         elif not self.storage_error and not any(fault in text for fault in WORKER_FAULTS):
             with self.storage_guard():
-                recorded = self._record.trial(trial.config["number"])
-                if recorded.state == "running":
-                    self._record.finish(recorded.number, "failed", reason)
-                    self._retain(self._record.trial(recorded.number))
+                number = trial.config["number"]
+                if self._record.state(number) == "running":
+                    self._record.finish(number, "failed", reason)
+                    self._retain(number, None)
 
-    def _settle(self, trial: Trial) -> None:
-        """Tell the study how a trial ended, by its last recorded epoch."""
-        stopped = trial.epochs[-1].stopped
-        states: dict[str, State] = {"max_epochs": "complete", "diverged": "failed"}
-        self._record.finish(trial.number, states.get(stopped, "pruned"), stopped)
-        self._retain(self._record.trial(trial.number))
-
-    def _retain(self, trial: Trial) -> None:
+    def _retain(self, number: int, best: CheckpointFile | None) -> None:
         """Keep the checkpoint of the best few only: disk does not grow with the trials."""
         sweep = self._record.sweep
-        if trial.state == "failed":
-            self._drop_checkpoints(trial)
+        if self._record.state(number) == "failed":
+            self._drop_checkpoints(number)
             return
-        self._kept = rank([*self._kept, trial], sweep)
-        self._drop_checkpoints(trial, keep_best=True)
-        while len(self._kept) > sweep.search.keep_trials:
-            self._drop_checkpoints(self._kept.pop())
+        value = self._record.best_value(number)
+        score = -math.inf if value is None else (value if sweep.mode == "max" else -value)
+        self._kept.append((score, -number))
+        self._drop_checkpoints(number, keep=best)
+        if len(self._kept) > sweep.search.keep_trials:
+            worst = min(self._kept)
+            self._kept.remove(worst)
+            self._drop_checkpoints(-worst[1])
 
-    def _drop_checkpoints(self, trial: Trial, *, keep_best: bool = False) -> None:
+    def _drop_checkpoints(self, number: int, *, keep: CheckpointFile | None = None) -> None:
         folder = self._record.sweep.folder
-        best = trial.epochs[-1].best if trial.epochs else None
-        keep = [folder / best.path] if best is not None and keep_best else []
+        kept = [] if keep is None else [folder / keep.path]
         # A file that will not go is no reason to lose the trial; the next resume tries again.
         with contextlib.suppress(OSError):
-            remove_all_but(folder / "trials" / f"{trial.number:05d}", keep)
+            remove_all_but(folder / "trials" / f"{number:05d}", kept)
 
 
 class EndOfSweep(Stopper):

@@ -151,24 +151,15 @@ def _run(
 ) -> None:
     sweep = record.sweep
     measured = _measured(record, tell)
-    precisions: dict[str, str] = measured["precisions"]
     shares = _shares(sweep, measured)
-    trials = record.trials()
-    scheduler = ResumableASHA(sweep, trials)
-    recorder = StudyRecorder(record, scheduler)
-    unfinished = recorder.take_up()
-    remaining = len(unfinished) + sweep.search.num_trials - len(trials)
-    if remaining <= 0:
-        return
     whole = whole_resources(sweep)
     smallest = whole | ({"gpu": min(shares.values())} if shares else {})
-    concurrent = sweep.search.max_concurrent_trials or max_concurrent(smallest)
     run = Run(
         sweep=sweep,
         manifest=manifest,
         pack=pack,
         weights=weights,
-        precisions=precisions,
+        precisions=measured["precisions"],
         on_gpu=whole["gpu"] > 0,
         started_s=time.time(),
     )
@@ -177,18 +168,46 @@ def _run(
         gpu = share_of(TrialParams(**config["params"]), shares) if shares else whole["gpu"]
         return tune.PlacementGroupFactory([{"CPU": whole["cpu"], "GPU": gpu}])
 
-    trainable = tune.with_parameters(train_trial, run=run)
-    with tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
+    run_trials(
+        record,
+        tune.with_resources(tune.with_parameters(train_trial, run=run), resources_of),
+        max_concurrent_trials=sweep.search.max_concurrent_trials or max_concurrent(smallest),
+        is_local=is_local,
+    )
+
+
+def run_trials(
+    record: Record, trainable: Any, *, max_concurrent_trials: int, is_local: bool
+) -> None:
+    """Run the trials that a record has yet to see the end of.
+
+    Args:
+        record: Where trials come from, and where everything they report goes.
+        trainable: Reports epochs to Ray Tune, as ``train_trial`` does; with its resources.
+        max_concurrent_trials: Trials at a time.
+        is_local: Whether all of it happens on this machine.
+
+    Raises:
+        InputError: If the sweep's storage gave out.
+    """
+    sweep = record.sweep
+    scheduler = ResumableASHA(sweep, record.trials())
+    recorder = StudyRecorder(record, scheduler)
+    unfinished = recorder.take_up()
+    remaining = len(unfinished) + sweep.search.num_trials - record.num_trials
+    if remaining <= 0:
+        return
+    with record.being_written(), tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
         # Never read back, but on a cluster every node has to see it.
         ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
         tuner = tune.Tuner(
-            tune.with_resources(trainable, resources_of),
+            trainable,
             tune_config=tune.TuneConfig(
                 search_alg=StudySearcher(record, unfinished, recorder),
                 scheduler=scheduler,
                 num_samples=remaining,
                 # Without it Ray creates the trials of a custom searcher one after another.
-                max_concurrent_trials=min(concurrent, remaining),
+                max_concurrent_trials=min(max_concurrent_trials, remaining),
                 # Importing torch and Lightning takes longer than a short trial.
                 reuse_actors=True,
                 trial_name_creator=_trial_name,

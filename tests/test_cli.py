@@ -21,7 +21,8 @@ from PIL import Image
 from lightning_modules.errors import InputError
 from search.cli import main
 from search.config import dump_sweep, load_sweep
-from search.record import Epoch, Record, State
+from search.record import Record
+from search.recorded import Epoch, State
 
 COMMANDS = ("launch", "resume", "top", "export", "predict")
 

@@ -12,24 +12,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from optuna.storages import RDBStorage
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from lightning_modules.data.phantom import PhantomSettings
 from lightning_modules.seeds import derive_seed
-from search.record import Record, Trial
+from search.record import Record
+from search.recorded import Trial
 from search.scheduler import ResumableASHA
 from search.searcher import EndOfSweep, StudyRecorder, StudySearcher
 from search.space import Float, Int
 from search.sweep import DataSettings, SchedulerSettings, SearchSettings, Sweep, TrainingSettings
-
-WRITES = (
-    "create_new_trial",
-    "set_trial_state_values",
-    "set_trial_intermediate_value",
-    "set_trial_user_attr",
-)
 
 
 class Killed(BaseException):
@@ -121,20 +116,44 @@ def outcome(trials: list[Trial]) -> list[Any]:
     ]
 
 
-def count_writes(monkeypatch: pytest.MonkeyPatch, limit: float = math.inf) -> list[int]:
-    """Count the study's writes from here on, and die instead of the one after ``limit``."""
-    count = [0]
-    for name in WRITES:
-        original = getattr(RDBStorage, name)
+class Writes:
+    """Counts rows and commits on their way to the database; dies before the one after ``limit``.
 
-        def counted(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
-            if count[0] >= limit:
-                raise Killed
-            count[0] += 1
-            return _original(*args, **kwargs)
+    Attributes:
+        count: Rows and commits.
+        commits: Commits that wrote.
+    """
 
-        monkeypatch.setattr(RDBStorage, name, counted)
-    return count
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit = limit
+        self.count = 0
+        self.commits = 0
+        self.has_written = False
+
+    def __enter__(self) -> "Writes":
+        event.listen(Engine, "before_cursor_execute", self.on_statement)
+        event.listen(Engine, "commit", self.on_commit)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        event.remove(Engine, "before_cursor_execute", self.on_statement)
+        event.remove(Engine, "commit", self.on_commit)
+
+    def on_statement(self, connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+        if not statement.startswith(("SELECT", "PRAGMA")):
+            self.has_written = True
+            self.tick()
+
+    def on_commit(self, connection: Any) -> None:
+        if self.has_written:
+            self.has_written = False
+            self.commits += 1
+            self.tick()
+
+    def tick(self) -> None:
+        if self.count >= self.limit:
+            raise Killed
+        self.count += 1
 
 
 def check_killed_at(
@@ -148,10 +167,8 @@ def check_killed_at(
     sweep.folder.mkdir(parents=True)
     executed: list[tuple[int, int]] = []
     record = Record.create(sweep, {})
-    with pytest.MonkeyPatch.context() as patch:
-        count_writes(patch, limit)
-        with pytest.raises(Killed):
-            run(record, lambda number, epoch: executed.append((number, epoch)))
+    with Writes(limit), pytest.raises(Killed):
+        run(record, lambda number, epoch: executed.append((number, epoch)))
     before = Record.open(sweep).trials()
     num_before = len(executed)
     run(Record.open(sweep), lambda number, epoch: executed.append((number, epoch)))
@@ -191,11 +208,10 @@ def test_killed_at_every_write(tmp_path: Path, expected: list[Any]) -> None:
     sweep = make_sweep(tmp_path / "counted")
     sweep.folder.mkdir(parents=True)
     record = Record.create(sweep, {})
-    with pytest.MonkeyPatch.context() as patch:
-        count = count_writes(patch)
+    with Writes() as writes:
         run(record)
-    assert count[0] > 40
-    for limit in range(count[0]):
+    assert writes.count > 100
+    for limit in range(writes.count):
         check_killed_at(tmp_path, expected, limit)
 
 
@@ -217,10 +233,8 @@ def test_a_torn_checkpoint_falls_back_to_starting_over(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
     sweep.folder.mkdir(parents=True)
     record = Record.create(sweep, {})
-    with pytest.MonkeyPatch.context() as patch:
-        count_writes(patch, 14)
-        with pytest.raises(Killed):
-            run(record)
+    with Writes(37), pytest.raises(Killed):
+        run(record)
     trial = Record.open(sweep).trials()[-1]
     assert trial.state == "running"
     last = trial.epochs[-1].last

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from search.record import Record, Trial
+from search.record import Record
+from search.recorded import Trial
 from search.results import open_sweep, rank
 
 SWEEP = """

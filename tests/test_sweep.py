@@ -15,7 +15,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torchvision.models import mobilenet_v2
 
 from lightning_modules.data.phantom import render_slice
-from search.record import Record, Trial
+from search.record import Record
+from search.recorded import Trial
 from search.results import open_sweep, rank
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,0 +1,83 @@
+"""What the record holds of a trial; the words that record, scheduler, and workers share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from search.sweep import TrialParams
+
+State = Literal["running", "complete", "pruned", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointFile:
+    """A checkpoint on the sweep's storage.
+
+    Attributes:
+        path: Relative to the sweep's folder.
+        digest: SHA-256 of the file.
+        epoch: Epochs trained when it was written.
+    """
+
+    path: str
+    digest: str
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epoch:
+    """What one epoch of a trial reported.
+
+    Attributes:
+        epoch: Counted from 1.
+        metrics: By name; a value that is not finite is none.
+        confusion: Validation images, true classes down, predicted classes across.
+        last: To go on from; none after the final epoch.
+        best: Of the best epoch so far.
+        stopped: Why the trial ended with this epoch: ``asha``, ``diverged``, ``time_budget``,
+            ``max_epochs``; empty if it went on.
+        features: What became of the frozen stages' features: cached, or computed, and why.
+        ran_on: Host, device, and precision.
+    """
+
+    epoch: int
+    metrics: dict[str, float | None]
+    confusion: list[list[int]]
+    last: CheckpointFile | None
+    best: CheckpointFile | None
+    stopped: str
+    features: str
+    ran_on: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One trial as recorded.
+
+    Attributes:
+        number: Its place in the sweep; the baseline is 0.
+        params: All of them, searched or not.
+        seed: Governs its head, dropout, and batch order.
+        state: ``running`` also if it was interrupted and waits to be resumed.
+        epochs: In order, without gaps.
+        attempt: How often it was started before.
+        reason: Why it ended, for people.
+    """
+
+    number: int
+    params: TrialParams
+    seed: int
+    state: State
+    epochs: tuple[Epoch, ...]
+    attempt: int
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """Short and sortable: names the trial's folder and TensorBoard run."""
+        return f"{self.number:05d}-{self.params.backbone}-d{self.params.unfreeze_depth}"
+
+    def best_epoch(self, metric: str, mode: str) -> Epoch | None:
+        """Return the epoch with the best finite value, the earliest of equals; none if none."""
+        finite = [epoch for epoch in self.epochs if epoch.metrics.get(metric) is not None]
+        sign = 1 if mode == "max" else -1
+        return max(finite, key=lambda epoch: sign * (epoch.metrics[metric] or 0.0), default=None)

@@ -1,0 +1,254 @@
+"""The rows of a sweep's study: one transaction an event, and no more in memory than is asked for.
+
+Optuna's own storage commits every attribute and every value by itself, looks up each row before it
+writes it, and keeps all that was ever reported of a finished trial in memory. The tables are its
+own (read in Optuna 5.0.0, ``storages/_rdb/models.py``), so that everything else that reads studies
+reads these; ``RDBStorage``, which opens the database, refuses any other version of them.
+"""
+
+import copy
+import json
+from collections.abc import Container, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, Table, bindparam, insert, select, update
+
+TRIALS: Table = models.TrialModel.__table__
+PARAMS: Table = models.TrialParamModel.__table__
+VALUES: Table = models.TrialValueModel.__table__
+INTERMEDIATE_VALUES: Table = models.TrialIntermediateValueModel.__table__
+USER_ATTRIBUTES: Table = models.TrialUserAttributeModel.__table__
+SYSTEM_ATTRIBUTES: Table = models.TrialSystemAttributeModel.__table__
+
+
+class _Put:
+    """Adds a row, or replaces it, in words that every database understands.
+
+    There is one writer, so nobody comes in between. Statements are built once, since building one
+    takes longer than executing it.
+    """
+
+    def __init__(self, table: Table, *key: str) -> None:
+        self._key = key
+        matches = [table.c[name] == bindparam(f"the_{name}") for name in key]
+        values = [c.name for c in table.c if c.name not in key and not c.primary_key]
+        self._update = update(table).where(*matches).values({c: bindparam(c) for c in values})
+        self._insert = insert(table)
+
+    def __call__(self, connection: Connection, row: Mapping[str, Any]) -> None:
+        where = {f"the_{name}": row[name] for name in self._key}
+        values = {name: value for name, value in row.items() if name not in self._key}
+        if connection.execute(self._update, where | values).rowcount == 0:
+            connection.execute(self._insert, dict(row))
+
+
+INSERT_TRIAL = insert(TRIALS)
+INSERT_PARAM = insert(PARAMS)
+PUT_USER_ATTRIBUTE = _Put(USER_ATTRIBUTES, "trial_id", "key")
+PUT_INTERMEDIATE_VALUE = _Put(INTERMEDIATE_VALUES, "trial_id", "step")
+PUT_VALUE = _Put(VALUES, "trial_id", "objective")
+END_TRIAL = (
+    update(TRIALS)
+    .where(TRIALS.c.trial_id == bindparam("the_trial_id"))
+    .values(state=bindparam("state"), datetime_complete=bindparam("datetime_complete"))
+)
+
+
+def known_trial(
+    trial_id: int,
+    number: int,
+    distributions: dict[str, BaseDistribution],
+    state: TrialState = TrialState.RUNNING,
+    datetime_complete: datetime | None = None,
+) -> FrozenTrial:
+    """Return a trial for samplers to read, its params yet to be filled in."""
+    return FrozenTrial(
+        number=number,
+        state=state,
+        value=None,
+        datetime_start=None,
+        datetime_complete=datetime_complete,
+        params={},
+        distributions=distributions,
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+        trial_id=trial_id,
+    )
+
+
+class KnownTrials(optuna.Study):
+    """The study as samplers see it: its trials without what they do not read, and no queries.
+
+    Args:
+        name: The study's.
+        storage: The study's.
+        known: All trials by number; kept up to date by the record.
+    """
+
+    def __init__(self, name: str, storage: RDBStorage, known: list[FrozenTrial]) -> None:
+        super().__init__(name, storage)
+        self._known = known
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """Return the trials by number, or those in certain states."""
+        trials = [trial for trial in self._known if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+
+class StudyTables:
+    """Reads and writes one study.
+
+    Args:
+        storage: The study's; its database is used.
+        study_id: The study's.
+    """
+
+    def __init__(self, storage: RDBStorage, study_id: int) -> None:
+        self._engine = storage.engine
+        self._study_id = study_id
+
+    def add_trial(
+        self,
+        number: int,
+        params: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+        user_attributes: Mapping[str, Any],
+        system_attributes: Mapping[str, Any],
+    ) -> int:
+        """Add a running trial; return its id."""
+        with self._engine.begin() as connection:
+            row = {
+                "number": number,
+                "study_id": self._study_id,
+                "state": TrialState.RUNNING,
+                "datetime_start": _now(),
+            }
+            key = connection.execute(INSERT_TRIAL, row).inserted_primary_key
+            assert key is not None  # noqa: S101  narrows the type
+            trial_id = int(key[0])
+            rows = [
+                {
+                    "trial_id": trial_id,
+                    "param_name": name,
+                    "param_value": distributions[name].to_internal_repr(value),
+                    "distribution_json": distribution_to_json(distributions[name]),
+                }
+                for name, value in params.items()
+            ]
+            connection.execute(INSERT_PARAM, rows)
+            for table, attributes in (
+                (USER_ATTRIBUTES, user_attributes),
+                (SYSTEM_ATTRIBUTES, system_attributes),
+            ):
+                for name, value in attributes.items():
+                    row = {"trial_id": trial_id, "key": name, "value_json": json.dumps(value)}
+                    connection.execute(insert(table), row)
+        return trial_id
+
+    def update_trial(
+        self,
+        trial_id: int,
+        user_attributes: Mapping[str, Any],
+        *,
+        intermediate_values: Mapping[int, float] | None = None,
+        state: TrialState = TrialState.RUNNING,
+        value: float | None = None,
+    ) -> datetime | None:
+        """Write what became known of a running trial, all of it or nothing.
+
+        Args:
+            trial_id: The trial's.
+            user_attributes: To add or replace.
+            intermediate_values: To add or replace, by epoch; finite.
+            state: Ends the trial unless it is ``RUNNING``.
+            value: What the trial is told to have come to.
+
+        Returns:
+            When it ended, in UTC.
+        """
+        ended = _now() if state.is_finished() else None
+        with self._engine.begin() as connection:
+            for name, attribute in user_attributes.items():
+                row = {"trial_id": trial_id, "key": name, "value_json": json.dumps(attribute)}
+                PUT_USER_ATTRIBUTE(connection, row)
+            for epoch, reported in (intermediate_values or {}).items():
+                row = {"trial_id": trial_id, "step": epoch, "intermediate_value": reported}
+                finite = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+                PUT_INTERMEDIATE_VALUE(connection, {**row, "intermediate_value_type": finite})
+            if value is not None:
+                row = {"trial_id": trial_id, "objective": 0, "value": value}
+                kind = models.TrialValueModel.TrialValueType.FINITE
+                PUT_VALUE(connection, {**row, "value_type": kind})
+            if ended is not None:
+                row = {"the_trial_id": trial_id, "state": state, "datetime_complete": ended}
+                connection.execute(END_TRIAL, row)
+        return ended
+
+    def read_trials(self, distributions: dict[str, BaseDistribution]) -> list[FrozenTrial]:
+        """Return all trials by number, as samplers need them: without user attributes.
+
+        Args:
+            distributions: Of every param; shared by all trials.
+
+        Returns:
+            The trials, their times in UTC.
+        """
+        trials: dict[int, FrozenTrial] = {}
+        with self._engine.connect() as connection:
+            query = select(TRIALS).where(TRIALS.c.study_id == self._study_id)
+            for row in connection.execute(query.order_by(TRIALS.c.number)):
+                trials[row.trial_id] = known_trial(
+                    row.trial_id, row.number, distributions, row.state, row.datetime_complete
+                )
+            for row in self._rows(connection, PARAMS, PARAMS.c.param_id):
+                value = distributions[row.param_name].to_external_repr(row.param_value)
+                trials[row.trial_id].params[row.param_name] = value
+            for row in self._rows(connection, INTERMEDIATE_VALUES, INTERMEDIATE_VALUES.c.step):
+                trials[row.trial_id].intermediate_values[row.step] = row.intermediate_value
+            for row in self._rows(connection, SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.key):
+                trials[row.trial_id].system_attrs[row.key] = json.loads(row.value_json)
+        return list(trials.values())
+
+    def read_user_attributes(
+        self, number: int | None = None
+    ) -> Iterator[tuple[int, TrialState, dict[str, Any]]]:
+        """Yield number, state, and user attributes of one trial, or of all by number."""
+        query = (
+            select(TRIALS.c.number, TRIALS.c.state, USER_ATTRIBUTES.c.key)
+            .add_columns(USER_ATTRIBUTES.c.value_json)
+            .join(USER_ATTRIBUTES, USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id)
+            .where(TRIALS.c.study_id == self._study_id)
+            .order_by(TRIALS.c.number)
+        )
+        if number is not None:
+            query = query.where(TRIALS.c.number == number)
+        attributes: dict[str, Any] = {}
+        current: tuple[int, TrialState] | None = None
+        with self._engine.connect() as connection:
+            for row in connection.execute(query):
+                if current is not None and current[0] != row.number:
+                    yield *current, attributes
+                    attributes = {}
+                current = (row.number, row.state)
+                attributes[row.key] = json.loads(row.value_json)
+        if current is not None:
+            yield *current, attributes
+
+    def _rows(self, connection: Connection, table: Table, order: Any) -> Iterator[Any]:
+        query = select(table).join(TRIALS, TRIALS.c.trial_id == table.c.trial_id)
+        yield from connection.execute(
+            query.where(TRIALS.c.study_id == self._study_id).order_by(order)
+        )
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
