@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytorch_lightning as pl
 from ray import tune
 from torch import Tensor
@@ -30,6 +32,9 @@ CURVES = (
     "lr",
 )
 BEST_OF = {"val_macro_f1": max, "val_accuracy": max, "val_loss": min}
+
+# Drawing a confusion matrix takes as long as an epoch on cached features.
+REDRAW_S = 10.0
 
 
 class ReportEpoch(pl.Callback):
@@ -170,6 +175,9 @@ class TensorBoardCurves(pl.Callback):
         self.classes = classes
         self.metric = metric
         self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
+        # A confusion matrix that is better than the one that was drawn last, and when that was.
+        self.undrawn: tuple[npt.NDArray[np.integer], int] | None = None
+        self.drawn_s = time.monotonic()
         best_tags = {f"best/{name}": 0.0 for name in BEST_OF}
         experiment, start, self.end = hparams(params, best_tags)
         self.file = self.writer._get_file_writer()
@@ -208,14 +216,23 @@ class TensorBoardCurves(pl.Callback):
             if improved and value != self.best.get(name):
                 self.best[name] = value
                 if name == self.metric:
-                    counts = _confusion(pl_module).numpy()
-                    image = draw_confusion(counts, self.classes)
-                    self.writer.add_image("val_confusion_matrix/best epoch", image, step)
+                    self.undrawn = _confusion(pl_module).numpy(), step
             self.writer.add_scalar(f"best/{name}", self.best[name], step)
+        if time.monotonic() - self.drawn_s > REDRAW_S:
+            self._draw_confusion()
         self.writer.flush()
+
+    def _draw_confusion(self) -> None:
+        if self.undrawn is not None:
+            counts, step = self.undrawn
+            image = draw_confusion(counts, self.classes)
+            self.writer.add_image("val_confusion_matrix/best epoch", image, step)
+            self.drawn_s = time.monotonic()
+            self.undrawn = None
 
     def close(self) -> None:
         """Close the run, however the trial ended."""
+        self._draw_confusion()
         self.file.add_summary(self.end)
         self.writer.close()
 

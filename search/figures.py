@@ -43,10 +43,14 @@ def draw_confusion(
     Returns:
         Shape ``(3, H, W)``, uint8.
     """
-    side_inch = 2.2 + 0.55 * len(classes)
-    figure = Figure(figsize=(side_inch, side_inch), dpi=90, layout="constrained")
+    side_inch = 0.55 * len(classes)
+    # Room for the names. matplotlib's own layouts draw everything once more to find it.
+    names_inch = 0.6 + 0.075 * max(map(len, classes))
+    whole_inch = side_inch + names_inch + 0.15
+    figure = Figure(figsize=(whole_inch, whole_inch), dpi=90)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    start = names_inch / whole_inch
+    axes = figure.add_axes((start, start, side_inch / whole_inch, side_inch / whole_inch))
     share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
