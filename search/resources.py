@@ -76,18 +76,28 @@ def max_trials_per_gpu(sweep: Sweep) -> int:
     return max(1, math.floor(min(per_gpu, default=1.0)))
 
 
-def measure(sweep: Sweep) -> dict[str, Any]:
-    """Measure on a node what trials are trained in, and what they take of a GPU's memory.
+def measure(sweep: Sweep, *, is_local: bool) -> dict[str, Any]:
+    """Measure what trials are trained in, and what they take of a GPU's memory.
 
-    It runs as a task with a whole trial's resources, on the kind of device that trials get.
+    On CPUs of this machine it is done in this process; else by a task with a whole trial's
+    resources, on the kind of device that trials get.
 
     Returns:
         ``precisions`` by backbone, and ``gpu_peak_bytes`` by "backbone depth batch", empty without
         a GPU or where the sweep says what a trial takes.
     """
     resources = whole_resources(sweep)
+    on_gpu = resources["gpu"] > 0
+    if is_local and not on_gpu:
+        # Starting a worker takes longer than most measurements.
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(sweep.resources.cpus_per_trial)
+        try:
+            return _measure_here(sweep, on_gpu)
+        finally:
+            torch.set_num_threads(num_threads)
     task = ray.remote(num_cpus=resources["cpu"], num_gpus=resources["gpu"])(_measure_here)
-    facts: dict[str, Any] = ray.get(task.remote(sweep, resources["gpu"] > 0))
+    facts: dict[str, Any] = ray.get(task.remote(sweep, on_gpu))
     return facts
 
 

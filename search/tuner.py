@@ -150,7 +150,7 @@ def _run(
     tell: Tell,
 ) -> None:
     sweep = record.sweep
-    measured = _measured(record, tell)
+    measured = _measured(record, tell, is_local=is_local)
     shares = _shares(sweep, measured)
     whole = whole_resources(sweep)
     smallest = whole | ({"gpu": min(shares.values())} if shares else {})
@@ -234,11 +234,11 @@ def run_trials(
         )
 
 
-def _measured(record: Record, tell: Tell) -> dict[str, Any]:
+def _measured(record: Record, tell: Tell, *, is_local: bool) -> dict[str, Any]:
     """Return what was measured when the sweep was launched; measure it now if nothing was."""
     measured: dict[str, Any] = record.facts.get("measured") or {}
     if not measured:
-        measured = measure(record.sweep)
+        measured = measure(record.sweep, is_local=is_local)
         record.add_fact("measured", measured)
     for backbone, precision in measured["precisions"].items():
         tell(f"trains  {backbone} in {precision}")
