@@ -1,6 +1,7 @@
 """The command line: what the user types, and what is printed back."""
 
 import argparse
+import collections
 import os
 import shlex
 import sys
@@ -199,6 +200,9 @@ def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
     console.print(
         f"{len(trials)} trials, {run_epochs} epochs run of {possible} possible, {elapsed_s:.0f} s"
     )
+    outcomes = collections.Counter(epoch.features for trial in trials for epoch in trial.epochs)
+    told = ", ".join(f"{outcome} in {count} epochs" for outcome, count in outcomes.most_common())
+    console.print(f"frozen stages: {told}", soft_wrap=True)
     cut_short = len(trials) < sweep.search.num_trials and sweep.search.time_budget_s is None
     if cut_short or any(trial.state == "running" for trial in trials):
         console.print(f"interrupted; go on with\n  neurosweep resume {sweep.reference}")
