@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -173,6 +174,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
+    # As in a trial on CPUs: the optimizer looks for GPUs at every step.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     head = provenance("torch", "torchvision", "pytorch-lightning")
     manifest = read_manifest(options.data)
     with tempfile.TemporaryDirectory(prefix="frozen-prefix-") as scratch:
