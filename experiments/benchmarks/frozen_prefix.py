@@ -204,7 +204,10 @@ def main() -> None:
                 flush=True,
             )
     if options.out:
-        settings = {name: str(value) for name, value in vars(options).items()}
+        settings = {
+            name: value.name if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+        }
         record = {**head, "options": settings, "depths": results}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -33,7 +33,8 @@ def provenance(*packages: str) -> dict[str, Any]:
         "hardware": hardware(),
         "versions": versions(*packages),
         "commit": commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # Names without their folders: results are shown to others.
+        "command": [argument.rsplit("/", 1)[-1] for argument in sys.argv],
     }
 
 

@@ -304,7 +304,7 @@ def main() -> None:
     summary = summarise(pairs)
     print_summary(summary, pairs)
     if options.out:
-        named = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+        named = {name: v.name if isinstance(v, Path) else v for name, v in vars(options).items()}
         record = {**facts, "options": named, "summary": summary, "pairs": pairs}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
 
