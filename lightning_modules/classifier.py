@@ -110,12 +110,10 @@ class ImageClassifier(pl.LightningModule):
         self.seed = seed
 
         path = None if weights_path is None else Path(weights_path)
-        if not 0 <= unfreeze_depth <= NUM_STAGES:
-            raise InputError(f"unfreeze_depth must be in [0, {NUM_STAGES}]; got {unfreeze_depth}")
-        self.frozen_stages = NUM_STAGES - unfreeze_depth
         self.backbone = initial_backbone(
-            backbone, path, seed=weights_seed, num_frozen=self.frozen_stages
+            backbone, path, seed=weights_seed, unfreeze_depth=unfreeze_depth
         )
+        self.frozen_stages = NUM_STAGES - unfreeze_depth
         self.dropout = nn.Dropout(dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed("head", seed))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_modules import augmentation, backbones, classifier
 from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
-from lightning_modules.data.datamodule import RESIDENT_SHARE, PackDataModule
+from lightning_modules.data.datamodule import PackDataModule, settle, take_rows
 from lightning_modules.feature_store import Claim, FeatureStore
 from lightning_modules.files import sha256_of
 
@@ -97,12 +97,7 @@ class FeatureCache:
             return None
         if features.ndim == 4:
             features = features.permute(0, 3, 1, 2)
-        device = self.data.device
-        if device.type == "cuda":
-            free_bytes, _ = torch.cuda.mem_get_info(device)
-            if features.nbytes <= RESIDENT_SHARE * free_bytes:
-                return features.to(device)
-        return features
+        return settle(features, self.data.device)
 
     def _features(self, split: str, epoch: int) -> tuple[Tensor | None, str]:
         if self.cut == 0:
@@ -167,21 +162,21 @@ class FeatureCache:
         device = self.data.device
         start, shallower = 0, None
         for cut in range(self.cut - 1, 0, -1):
-            shallower = self.store.find(self._key(split, epoch, cut))
-            if shallower is not None:
-                start = cut
+            found = self.store.find(self._key(split, epoch, cut))
+            if found is not None:
+                start, shallower = cut, found.permute(0, 3, 1, 2)
                 break
         for places in torch.arange(len(rows)).split(_block_size(device)):
             if shallower is None:
                 yield _channels_last(self._compute(rows[places], split, epoch))
             else:
-                given = shallower[places].permute(0, 3, 1, 2).to(device)
+                given = take_rows(shallower, places).to(device)
                 with torch.no_grad():
                     yield _channels_last(self.module.pass_frozen(given, first_stage=start))
 
     def _compute(self, rows: Tensor, split: str, epoch: int) -> Tensor:
         images = self.data.images
-        taken = images[rows.to(images.device)].unsqueeze(1).to(self.data.device)
+        taken = take_rows(images, rows.to(images.device)).unsqueeze(1).to(self.data.device)
         return self.module.frozen_features(
             taken, rows.to(self.data.device), epoch=epoch if split == "train" else None
         )

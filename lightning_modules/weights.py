@@ -103,8 +103,10 @@ def load_weights(backbone: str, path: Path | None, *, seed: int) -> Backbone:
     return built
 
 
-def initial_backbone(backbone: str, path: Path | None, *, seed: int, num_frozen: int) -> Backbone:
-    """Return what ``load_weights`` does, with its first stages frozen; read once a process.
+def initial_backbone(
+    backbone: str, path: Path | None, *, seed: int, unfreeze_depth: int
+) -> Backbone:
+    """Return what ``load_weights`` does, frozen below a depth; read once a process.
 
     The frozen stages are the same modules each time, since nobody changes them; the others are
     copies of their own.
@@ -113,13 +115,15 @@ def initial_backbone(backbone: str, path: Path | None, *, seed: int, num_frozen:
         backbone: One of ``BACKBONES``.
         path: A local file; none for random weights.
         seed: What random weights are drawn from.
-        num_frozen: How many stages, stem first, are frozen.
+        unfreeze_depth: Stages trained, counted from the head.
+
+    Raises:
+        InputError: As ``load_weights`` and ``freeze_below``.
     """
     initial = _initial(backbone, path, _version_of(path), seed)
-    frozen = {id(stage): stage for stage in initial.stages[:num_frozen]}
-    copied = copy.deepcopy(initial, memo=dict(frozen))
-    freeze_below(list(copied.stages), len(copied.stages) - num_frozen)
-    for stage in copied.stages[num_frozen:]:
+    frozen = freeze_below(list(initial.stages), unfreeze_depth)
+    copied = copy.deepcopy(initial, memo={id(stage): stage for stage in frozen})
+    for stage in copied.stages[len(frozen) :]:
         stage.requires_grad_(True).train()
     return copied
 

@@ -9,8 +9,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_modules.seeds import derive_seed
-from search.space import Choice, Float, Int, Space, from_unit, to_unit
-from search.space_sampler import SpaceSampler, sobol_point, value_at
+from search.space import Choice, Float, Int, from_unit, to_unit
+from search.space_sampler import RungSampler, sobol_point, value_at
 from search.surrogate import Surrogate, log_expected_improvement
 
 # Measured like the levers of the TPE in search/sampler.py, on the same 17 tasks. The regrets are
@@ -36,36 +36,14 @@ NUM_CLIMBERS = 5
 NUM_MOVES = 20  # of each climber at each step
 
 
-class RungGPSampler(SpaceSampler):
+class RungGPSampler(RungSampler):
     """Bayesian optimisation with a Gaussian process that learns from trials stopped at any rung.
 
     A trial that ASHA stopped has no value at the end of the training. The model predicts one from
     the rungs it has passed, and the search takes that as seen, unless it is better than the best:
     without this, it is the untold end of a stopped trial that promises the most, and params like
     those are tried, and stopped, again and again. The same keeps trials that run at once apart.
-
-    Args:
-        space: The domain of each parameter.
-        seed: The seed of the sweep.
-        trial_number: The number of the trial in the study.
-        mode: "max" or "min".
-        rung_epochs: The epochs at which trials are compared, ascending.
     """
-
-    def __init__(
-        self,
-        *,
-        space: Space,
-        seed: int,
-        trial_number: int,
-        mode: str,
-        rung_epochs: tuple[int, ...],
-    ) -> None:
-        super().__init__(space)
-        self._seed = seed
-        self._trial_number = trial_number
-        self._mode = mode
-        self._rung_epochs = rung_epochs
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

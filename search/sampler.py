@@ -23,7 +23,7 @@ from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.gp_sampler import RungGPSampler
 from search.space import Choice, Space, from_unit, grid_of, to_unit
-from search.space_sampler import SpaceSampler, sobol_point, value_at
+from search.space_sampler import RungSampler, SpaceSampler, sobol_point, value_at
 
 SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
 
@@ -112,7 +112,7 @@ def build_sampler(
             )
 
 
-class RungTPESampler(SpaceSampler):
+class RungTPESampler(RungSampler):
     """TPE with a model of its own for each rung of ASHA, after BOHB.
 
     Optuna's TPE ranks a trial that was stopped after 3 epochs by its value there, beside trials
@@ -121,29 +121,7 @@ class RungTPESampler(SpaceSampler):
     rung which enough trials have reached, for ASHA (Li et al. 2018, arXiv 1810.05934) leaves few at
     the top. Trials stopped below that rung are left out: placed behind those that reached it, they
     undo the gain, since early losers then decide what counts as bad.
-
-    Args:
-        space: The domain of each parameter.
-        seed: The seed of the sweep.
-        trial_number: The number of the trial in the study.
-        mode: "max" or "min".
-        rung_epochs: The epochs at which trials are compared, ascending.
     """
-
-    def __init__(
-        self,
-        *,
-        space: Space,
-        seed: int,
-        trial_number: int,
-        mode: str,
-        rung_epochs: tuple[int, ...],
-    ) -> None:
-        super().__init__(space)
-        self._seed = seed
-        self._trial_number = trial_number
-        self._mode = mode
-        self._rung_epochs = rung_epochs
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

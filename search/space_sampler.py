@@ -62,6 +62,33 @@ class SpaceSampler(BaseSampler):
         )
 
 
+class RungSampler(SpaceSampler):
+    """A sampler that learns from the rungs of the trials before its own.
+
+    Args:
+        space: The domain of each parameter.
+        seed: The seed of the sweep.
+        trial_number: The number of the trial in the study.
+        mode: "max" or "min".
+        rung_epochs: The epochs at which trials are compared, ascending.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Space,
+        seed: int,
+        trial_number: int,
+        mode: str,
+        rung_epochs: tuple[int, ...],
+    ) -> None:
+        super().__init__(space)
+        self._seed = seed
+        self._trial_number = trial_number
+        self._mode = mode
+        self._rung_epochs = rung_epochs
+
+
 def value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
     """Return a trial's best value up to an epoch.
 

@@ -17,7 +17,7 @@ from lightning_modules.seeds import derive_seed
 # Validation keeps no activations; this many images fill a device and fit in any.
 VAL_BATCH_SIZE = 64
 
-# A pack goes to a GPU whole where it takes no more than this share of what is free there.
+# Images or features go to a GPU whole where they take no more than this share of its free memory.
 RESIDENT_SHARE = 0.25
 
 
@@ -80,7 +80,7 @@ class Steps:
             rows.to(device).split(sizes),
             strict=True,
         ):
-            batch = _take(values, taken).to(device, non_blocking=True)
+            batch = take_rows(values, taken).to(device, non_blocking=True)
             if features is None:
                 yield Batch(batch.unsqueeze(1), None, labels, on_device)
             else:
@@ -224,15 +224,19 @@ def resident_images(pack: Pack, device: torch.device) -> Tensor:
     Returns:
         Shape ``(N, H, W)``, uint8.
     """
-    images = torch.from_numpy(pack.images())
+    return settle(torch.from_numpy(pack.images()), device)
+
+
+def settle(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on a GPU if they fit there; else where they are, to be gathered from."""
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        if images.nbytes <= RESIDENT_SHARE * free_bytes:
-            return images.to(device)
-    return images
+        if values.nbytes <= RESIDENT_SHARE * free_bytes:
+            return values.to(device)
+    return values
 
 
-def _take(values: Tensor, places: Tensor) -> Tensor:
+def take_rows(values: Tensor, places: Tensor) -> Tensor:
     """Gather by the first dimension, channels last where there are channels.
 
     ``index_select`` copies rows whole where they are contiguous; an index in brackets takes ten
