@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neurosweep", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    audit = _command(commands, "audit", _audit, "look for what is wrong with images")
+    audit.add_argument("images", type=Path, metavar="FOLDER|MANIFEST")
+    audit.add_argument("--out", type=Path, metavar="DIR", help="write audit.json and pictures here")
+    audit.add_argument(
+        "--group-pattern", metavar="REGEX", help="its first group, found in a path, is the patient"
+    )
+    audit.add_argument(
+        "--group-duplicates",
+        type=Path,
+        metavar="MANIFEST.csv",
+        help="write a manifest here, beside the images, in which copies are of one group",
+    )
+
     launch = _command(commands, "launch", _launch, "run a sweep")
     launch.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     launch.add_argument("--data", metavar="PATH", help="manifest CSV, or folder of class folders")
@@ -65,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--storage", type=Path, metavar="DIR", help="where sweeps are (sweeps/)")
     launch.add_argument(
         "--skip-bad-images", action="store_true", help="go on without unreadable images"
+    )
+    copies = launch.add_mutually_exclusive_group()
+    copies.add_argument(
+        "--group-duplicates", action="store_true", help="move images of one picture into one split"
+    )
+    copies.add_argument(
+        "--allow-leakage", action="store_true", help="launch with copies in two splits"
     )
     _run_options(launch)
 
@@ -129,6 +149,8 @@ def _launch(options: argparse.Namespace) -> None:
         overrides["storage"] = str(options.storage)
     if options.skip_bad_images:
         overrides["data.skip_bad_images"] = True
+    if options.group_duplicates or options.allow_leakage:
+        overrides["data.duplicates"] = "group" if options.group_duplicates else "allow"
     sweep = load_sweep(options.sweep, overrides)
     _check_export(options.export)
 
@@ -162,11 +184,7 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     console = _console()
     start_s = time.monotonic()
     with Bar(console=console, transient=True) as bar:
-        task = bar.add_task("decoding images", total=None, visible=False)
-        manifest, pack = prepare_data(
-            sweep,
-            lambda done, total: bar.update(task, completed=done, total=total, visible=done < total),
-        )
+        manifest, pack = prepare_data(sweep, _told_by(bar))
     console.print(f"sweep   {sweep.name} in {sweep.folder}", soft_wrap=True)
     console.print(f"watch   {_tensorboard(sweep)}", soft_wrap=True)
 
@@ -178,6 +196,40 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     _print_table(console, record, num_rows=20)
     _print_end(console, record, elapsed_s=time.monotonic() - start_s)
     _finish(console, record, options.export)
+
+
+def _told_by(bar: Bar) -> Callable[[str, int, int], None]:
+    task = bar.add_task("", total=None, visible=False)
+
+    def tell(what: str, done: int, total: int) -> None:
+        bar.update(task, description=what, completed=done, total=total, visible=done < total)
+
+    return tell
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from search.audit import audit_folder, print_audit, write_audit
+
+    console = _console()
+    with Bar(console=console, transient=True) as bar:
+        manifest, audit = audit_folder(
+            options.images, group_pattern=options.group_pattern, progress=_told_by(bar)
+        )
+    print_audit(console, manifest, audit)
+    if options.out is not None:
+        write_audit(manifest, audit, options.out)
+        console.print(f"written to {options.out}", soft_wrap=True)
+    if options.group_duplicates is not None:
+        from search.audit import write_grouped
+
+        write_grouped(manifest, audit, options.group_duplicates)
+        console.print(
+            f"grouped manifest: {options.group_duplicates}; next\n"
+            f"  neurosweep launch SWEEP.yaml --data {shlex.quote(str(options.group_duplicates))}",
+            soft_wrap=True,
+        )
+    elif audit.leaks:
+        sys.exit(1)
 
 
 def _finish(console: Console, record: Any, bundle: Path | None) -> None:

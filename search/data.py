@@ -1,28 +1,34 @@
 """A sweep's images: found or simulated, split, and packed, the same way every time."""
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.data.manifest import Manifest, read_manifest
+from lightning_modules.data.audit import clusters_with_several, group_duplicates
+from lightning_modules.data.duplicates import Duplicates, duplicates_of
+from lightning_modules.data.manifest import Manifest, read_manifest, some_of
 from lightning_modules.data.pack import Pack, build_pack, default_cache_dir
 from lightning_modules.data.phantom import write_phantoms
 from lightning_modules.data.splits import assign_splits
 from lightning_modules.errors import InputError
 from search.sweep import Sweep
 
+Progress = Callable[[str, int, int], None]
 
-def prepare_data(
-    sweep: Sweep, progress: Callable[[int, int], None] | None = None
-) -> tuple[Manifest, Pack]:
+
+def prepare_data(sweep: Sweep, progress: Progress | None = None) -> tuple[Manifest, Pack]:
     """Return a sweep's manifest with its splits, and its pack; built once, then found.
+
+    Where the manifest has no splits, images that show one picture are put into one, unless the
+    sweep allows them to be torn apart.
 
     Args:
         sweep: Its data settings and seed.
-        progress: Called with images done and images in all, while decoding.
+        progress: Called with what is done, steps done, and steps in all.
 
     Raises:
         InputError: If the images cannot be used as they are.
@@ -39,8 +45,11 @@ def prepare_data(
         image_size_px=settings.image_size_px,
         cache_dir=default_cache_dir(),
         skip_bad_images=settings.skip_bad_images,
-        progress=progress,
+        progress=progress and functools.partial(progress, "decoding images"),
     )
+    has_splits = bool(manifest.frame["split"].any())
+    if settings.duplicates == "group" or (settings.duplicates == "refuse" and not has_splits):
+        manifest = group_duplicates(manifest, _duplicates(pack, progress))
     manifest = assign_splits(
         manifest,
         val_fraction=settings.val_fraction,
@@ -48,6 +57,50 @@ def prepare_data(
         seed=sweep.seed,
     )
     return manifest, pack
+
+
+def check_leakage(
+    sweep: Sweep,
+    manifest: Manifest,
+    pack: Pack,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """Refuse images that show one picture in two splits, unless the sweep allows it.
+
+    Args:
+        sweep: Says what becomes of them.
+        manifest: With its splits.
+        pack: Its images.
+        progress: Called with what is done, steps done, and steps in all.
+
+    Returns:
+        For the record: ``pictures`` that lie in two splits, and the ``images`` of them; empty if
+        there are none.
+
+    Raises:
+        InputError: If there are any; it names the first.
+    """
+    leaks = clusters_with_several(manifest, _duplicates(pack, progress).near, "split")
+    if not leaks:
+        return {}
+    if sweep.data.duplicates != "allow":
+        shown = some_of([describe_leak(manifest, rows) for rows in leaks], limit=5)
+        raise InputError(
+            "an image's copies must lie in one split, or a score is of memory; got "
+            f"{len(leaks)} picture(s) in two: {shown}: look with `neurosweep audit`, launch with "
+            "--group-duplicates to move them together, or with --allow-leakage, which every result "
+            "then says"
+        )
+    return {"pictures": len(leaks), "images": sum(map(len, leaks))}
+
+
+def describe_leak(manifest: Manifest, rows: Sequence[int]) -> str:
+    """Return one image of each split that a picture lies in, by file name."""
+    members = manifest.frame.iloc[list(rows)].drop_duplicates("split")
+    return " = ".join(
+        f"{Path(path).name} ({split})"
+        for path, split in zip(members["path"], members["split"], strict=True)
+    )
 
 
 def check_same_data(facts: Mapping[str, Any], manifest: Manifest, pack: Pack) -> None:
@@ -68,6 +121,11 @@ def check_same_data(facts: Mapping[str, Any], manifest: Manifest, pack: Pack) ->
                 f"a sweep goes on with the images it was launched on; {name} was {then[:12]} and "
                 f"is {now[:12]}: restore them, or launch a new sweep"
             )
+
+
+def _duplicates(pack: Pack, progress: Progress | None) -> Duplicates:
+    told = progress and functools.partial(progress, "comparing images")
+    return duplicates_of(pack, default_cache_dir(), told)
 
 
 def _phantom_folder(sweep: Sweep) -> Path:

@@ -78,6 +78,9 @@ class DataSettings:
         test_fraction: Share of the groups that stay locked.
         class_balance: How rare classes are made up for.
         skip_bad_images: Go on without images that cannot be read, and record which.
+        duplicates: Images that show one picture go into one split where splits are made here. If
+            the manifest's own tear them apart, ``refuse`` refuses to launch, ``group`` moves them
+            together, and ``allow`` goes on, which every result then says.
     """
 
     path: str | None = None
@@ -88,6 +91,7 @@ class DataSettings:
     test_fraction: float = 0.15
     class_balance: Literal["weighted_loss", "balanced_sampling", "none"] = "weighted_loss"
     skip_bad_images: bool = False
+    duplicates: Literal["refuse", "group", "allow"] = "refuse"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
-from search.data import check_same_data
+from search.data import check_leakage, check_same_data
 from search.progress import Progress
 from search.record import Record
 from search.resources import (
@@ -92,6 +92,9 @@ def launch_sweep(
         for reason in origin.passed_over:
             tell(f"        {reason}")
     _tell_data(manifest, pack, tell)
+    leakage = check_leakage(sweep, manifest, pack)
+    if leakage:
+        tell(f"        {leakage['pictures']} pictures lie in two splits: scores flatter")
     with contextlib.ExitStack() as stack:
         if address is not None:
             # What a cluster has is known only to it, and asked before there is a record.
@@ -99,7 +102,7 @@ def launch_sweep(
             whole_resources(sweep)
             weights = {name: _share(origin, sweep) for name, origin in weights.items()}
         manifest.write(sweep.folder / "manifest.csv")
-        record = Record.create(sweep, _facts(manifest, pack, weights))
+        record = Record.create(sweep, {**_facts(manifest, pack, weights), "leakage": leakage})
         write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
         if address is None:
             stack.enter_context(_ray(None))

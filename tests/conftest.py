@@ -76,7 +76,7 @@ def make_data(tmp_path_factory: pytest.TempPathFactory) -> MakeData:
         root = tmp_path_factory.mktemp("data")
         path = root / "pack.npy"
         np.save(path, np.clip(grey + noise, 0, 255).astype(np.uint8))
-        return Manifest(root, frame), Pack(path, "0" * 64, image_size_px, ())
+        return Manifest(root, frame), Pack(path, "0" * 64, image_size_px, {})
 
     return make
 

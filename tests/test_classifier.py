@@ -228,7 +228,7 @@ def test_eight_noise_images_are_learnt_by_heart(
         max_epochs=40,
     )
     keep = KeepMetrics()
-    data = Manifest(manifest.root, frame), Pack(path, pack.digest, SIDE_PX, ())
+    data = Manifest(manifest.root, frame), Pack(path, pack.digest, SIDE_PX, {})
     fit(module, data, keep, max_epochs=40, batch_size=8)
     assert keep.epochs[0]["train_loss"] > 0.8
     assert keep.epochs[39]["train_loss"] < 0.02

@@ -285,7 +285,7 @@ def test_images_that_cannot_be_read_are_skipped_on_request() -> None:
     images("stroke", "no_stroke")
     Path("images/stroke/8.png").write_bytes(b"")
     found, pack = prepare_data(load_sweep(sweep_file(), {"data.skip_bad_images": True}))
-    assert pack.skipped == ("stroke/8.png",)
+    assert tuple(pack.skipped) == ("stroke/8.png",)
     assert len(found.frame) == len(pack.images()) == 16
 
 

@@ -97,7 +97,7 @@ def make(data: Data, weights: dict[str, Path], tmp_path: Path) -> Make:
         settings.setdefault("weights_path", str(weights[settings["backbone"]]))
         module = ImageClassifier(**settings)
         manifest, pack = data
-        pack = Pack(pack.path, pack_digest, SIDE_PX, ())
+        pack = Pack(pack.path, pack_digest, SIDE_PX, {})
         datamodule = PackDataModule(manifest, pack, batch_size=batch_size, seed=seed)
         store = FeatureStore(
             tmp_path / "features", limit_bytes=int(limit_mib * 2**20), since_s=time.time()

@@ -45,7 +45,7 @@ def make_images(folder: Path, num_images: int, image_size_px: int) -> tuple[Mani
         for i in range(num_images)
     ]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return Manifest(folder, frame), Pack(path, "0" * 64, image_size_px, ())
+    return Manifest(folder, frame), Pack(path, "0" * 64, image_size_px, {})
 
 
 def make_module(options: argparse.Namespace, backbone: str, depth: int) -> ImageClassifier:

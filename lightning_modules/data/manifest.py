@@ -137,6 +137,11 @@ def some_of(items: Sequence[str], limit: int = 10) -> str:
     return ", ".join(items[:limit]) + more
 
 
+def hashed(group: str) -> str:
+    """Return what stands for a group in everything that is shown: it may be a patient's name."""
+    return hashlib.sha256(group.encode()).hexdigest()[:10]
+
+
 def _broken(file: Path, rule: str, got: object, remedy: str) -> InputError:
     return InputError(" ".join(f"{file}: {rule}; got {got}; {remedy}".split()))
 
@@ -296,8 +301,7 @@ def _check_splits(file: Path, frame: pd.DataFrame) -> None:
             f"{posixpath.basename(path)!r} in {split}"
             for path, split in zip(members["path"], members["split"], strict=True)
         )
-        name = hashlib.sha256(group.encode()).hexdigest()[:10]
-        got = f"{len(torn)} group(s) in several, such as {name} with {where}"
+        got = f"{len(torn)} group(s) in several, such as {hashed(group)} with {where}"
         remedy = "move all images of a group into one split"
         raise _broken(file, "a group (patient) lies in one split only", got, remedy)
 

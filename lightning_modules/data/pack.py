@@ -15,9 +15,9 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -48,13 +48,13 @@ class Pack:
         path: A .npy file of shape (N, image_size_px, image_size_px), uint8 luminance.
         digest: Sha256, in hex, over image size and the images' files in row order.
         image_size_px: Side of every image.
-        skipped: Relative paths of the images left out because they could not be decoded.
+        skipped: Relative paths of the images left out, and why they could not be decoded.
     """
 
     path: Path
     digest: str
     image_size_px: int
-    skipped: tuple[str, ...]
+    skipped: Mapping[str, str] = field(compare=False)  # a mapping has no hash
 
     def images(self) -> np.memmap[tuple[int, ...], np.dtype[np.uint8]]:
         """Return all images, mapped: pages come in as they are touched, shared by all processes.
@@ -162,7 +162,7 @@ def build_pack(
             f"{some_of([repr(label) for label in lost])}; repair them, or leave the class out"
         )
     path = _pack_path(cache_dir, len(kept), image_size_px, digest)
-    return Pack(path, digest, image_size_px, tuple(bad)), Manifest(manifest.root, kept)
+    return Pack(path, digest, image_size_px, bad), Manifest(manifest.root, kept)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,290 @@
+"""Which images show the same picture: exactly, or brightened, sharpened, cropped, mirrored.
+
+Slices of different brains are alike: thresholds on a perceptual hash, or on a plain correlation,
+that find the copies of a slice join hundreds of strangers. So what all images of a set have in
+common is taken out before they are compared: pictures are correlated by their local structure,
+whitened by the set's own covariance.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
+
+from lightning_modules.data.pack import Pack
+from lightning_modules.files import write_atomically
+
+Floats = npt.NDArray[np.float32]
+Images = npt.NDArray[np.uint8]
+Clusters = tuple[tuple[int, ...], ...]
+
+# Raise it with anything that changes a result: stored ones are then computed anew.
+DUPLICATES_VERSION = 1
+
+# The whitened correlation from which two images are one picture, and what is added to the
+# covariance's eigenvalues as a share of their mean; the more, the fewer images there are to
+# estimate it from. Both set on real slices and on altered copies of them.
+SAME_AT = 0.42
+SHRINKAGE = 0.1
+
+# How far a copy's correlation exceeds the median of either image's with some others.
+STANDS_OUT = 3.0
+NUM_OTHERS = 512
+
+# Local structure is taken at SIDE_PX; pictures are compared coarser, in square tiles, and in as
+# many of the directions that they differ in most. Spreads below QUIET are no structure.
+SIDE_PX = 64
+TILE_PX = 6
+NUM_TILES = 4
+COARSE_PX = TILE_PX * NUM_TILES
+NUM_COMPONENTS = 256
+QUIET = 0.05
+
+# Rows of the matrix of all pairs that are in memory at a time.
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Which images show the same picture.
+
+    Attributes:
+        exact: Clusters of two or more rows with equal pixels.
+        near: Clusters of two or more rows that show one picture; exact copies are in them.
+    """
+
+    exact: Clusters
+    near: Clusters
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a picture is looked at to find it in another: mirrored, then cropped.
+
+    Attributes:
+        upside_down: Mirrored top to bottom.
+        sideways: Mirrored left to right.
+        side: What is left of each side, as a share.
+        left: What is cut off at the left, as a share.
+        top: What is cut off at the top, as a share.
+    """
+
+    upside_down: bool
+    sideways: bool
+    side: float
+    left: float
+    top: float
+
+
+def duplicates_of(
+    pack: Pack, cache_dir: Path, progress: Callable[[int, int], None] | None = None
+) -> Duplicates:
+    """Find a pack's duplicates in the cache, or look for them and leave them there.
+
+    Args:
+        pack: The images.
+        cache_dir: Where packs lie.
+        progress: Called with steps done and steps in all.
+    """
+    path = cache_dir / f"duplicates-{DUPLICATES_VERSION}-{pack.image_size_px}px-{pack.digest}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_bytes())
+        exact, near = (tuple(map(tuple, found[kind])) for kind in ("exact", "near"))
+        return Duplicates(exact=exact, near=near)
+    duplicates = find_duplicates(pack.images(), progress)
+    with contextlib.suppress(OSError):  # it is only slower next time
+        write_atomically(path, json.dumps(asdict(duplicates)).encode())
+    return duplicates
+
+
+def find_duplicates(
+    images: Images, progress: Callable[[int, int], None] | None = None
+) -> Duplicates:
+    """Find images that show the same picture.
+
+    All pairs are compared: time grows with the square of the number of images, some minutes for
+    20,000. Not found are copies turned by anything but 180 degrees, or cropped by more than about a
+    seventh of a side; nor images without structure, unless their pixels are equal. Scans of one
+    person in one position are found too: they are near, whoever made them.
+
+    Args:
+        images: Shape ``(N, S, S)``, uint8 grey, as a pack holds them.
+        progress: Called with steps done and steps in all.
+
+    Returns:
+        Clusters, by first row. A copy of a copy is in the same one.
+    """
+    first_of: dict[bytes, int] = {}
+    exact, near = _Joined(len(images)), _Joined(len(images))
+    for row, image in enumerate(images):
+        first = first_of.setdefault(hashlib.sha256(image.tobytes()).digest(), row)
+        exact.join(first, row)
+        near.join(first, row)
+    rows = sorted(first_of.values())
+    for a, b in similar_pairs(images, rows, progress):
+        near.join(rows[a], rows[b])
+    return Duplicates(exact=exact.clusters(), near=near.clusters())
+
+
+def similar_pairs(
+    images: Images, rows: list[int], progress: Callable[[int, int], None] | None = None
+) -> list[tuple[int, int]]:
+    """Return the pairs of positions in ``rows`` that show one picture."""
+    if len(rows) < 2:
+        return []
+    structures = np.zeros((len(rows), SIDE_PX, SIDE_PX), np.float16)
+    for start in range(0, len(rows), BLOCK):
+        block = np.stack([_shrunk(images[row]) for row in rows[start : start + BLOCK]])
+        structures[start : start + BLOCK] = local_structure(block)
+    turns = list(all_turns())
+    plain = _coarse(structures, turns[0])
+    whitening = Whitening.of(plain)
+    plain = whitening.apply(plain)
+    others = np.linspace(0, len(rows) - 1, min(len(rows), NUM_OTHERS)).astype(int)
+    to_others = np.full((len(rows), len(others)), -1, np.float32)
+    found: dict[tuple[int, int], float] = {}
+    for number, turn in enumerate(turns):
+        turned = whitening.apply(_coarse(structures, turn))
+        np.maximum(to_others, turned @ plain[others].T, out=to_others)
+        np.maximum(to_others, plain @ turned[others].T, out=to_others)
+        for start in range(0, len(rows), BLOCK):
+            likeness = plain[start : start + BLOCK] @ turned.T
+            for a, b in np.argwhere(likeness >= SAME_AT):
+                pair = (int(min(start + a, b)), int(max(start + a, b)))
+                found[pair] = max(found.get(pair, 0.0), float(likeness[a, b]))
+        if progress:
+            progress(number + 1, len(turns))
+    # A blurred or odd image is a little like everything: that is no copy.
+    usual = np.median(to_others, axis=1)
+    return [
+        (a, b)
+        for (a, b), likeness in found.items()
+        if a != b and likeness >= STANDS_OUT * max(usual[a], usual[b])
+    ]
+
+
+def local_structure(pictures: Floats) -> Floats:
+    """Return pictures without what brightness, contrast, and coil shading change.
+
+    Each pixel's difference from its surroundings, in units of their standard deviation; about 0
+    where there is nothing to see.
+
+    Args:
+        pictures: Shape ``(N, SIDE_PX, SIDE_PX)``, grey in [0, 255].
+
+    Returns:
+        The same shape.
+    """
+    wide = (0, 0.07 * SIDE_PX, 0.07 * SIDE_PX)
+    fine = gaussian_filter(pictures, (0, 0.5, 0.5))
+    difference = fine - gaussian_filter(fine, wide)
+    spread = np.sqrt(gaussian_filter(difference**2, wide))
+    # Grey levels of noise and JPEG artefacts in the dark around a head are no structure.
+    quiet = 4.0 + 0.25 * spread.mean(axis=(1, 2), keepdims=True)
+    return np.asarray(difference / (spread + quiet), dtype=np.float32)
+
+
+def all_turns() -> Iterator[Turn]:
+    """Yield every way in which a copy is looked for; what lies between two is near to both."""
+    for upside_down in (False, True):
+        for sideways in (False, True):
+            yield Turn(upside_down, sideways, 1.0, 0.0, 0.0)
+            for cut in (0.06, 0.12):
+                places = (0.0, cut / 2, cut)
+                for left in places:
+                    for top in places:
+                        yield Turn(upside_down, sideways, 1 - cut, left, top)
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """What makes the coarse structures of a set uncorrelated, except where they are copies.
+
+    Attributes:
+        mean: Shape ``(D,)``.
+        matrix: Shape ``(D, C)``.
+    """
+
+    mean: Floats
+    matrix: Floats
+
+    @classmethod
+    def of(cls, coarse: Floats) -> "Whitening":
+        """Estimate it.
+
+        Args:
+            coarse: Shape ``(N, D)``.
+        """
+        mean = coarse.mean(axis=0)
+        centred = (coarse - mean).astype(np.float64)
+        values, vectors = np.linalg.eigh(centred.T @ centred / len(coarse))
+        shrinkage = SHRINKAGE + coarse.shape[1] / (20 * len(coarse))
+        top = slice(-NUM_COMPONENTS, None)
+        scale = np.sqrt(values[top].clip(0) + shrinkage * max(float(values.mean()), 1e-12))
+        return cls(mean, np.asarray(vectors[:, top] / scale, dtype=np.float32))
+
+    def apply(self, coarse: Floats) -> Floats:
+        """Return whitened rows of length 1; of what is like everything else, or empty, shorter."""
+        return _of_length_1(np.asarray((coarse - self.mean) @ self.matrix, dtype=np.float32))
+
+
+def _coarse(structures: npt.NDArray[np.float16], turn: Turn) -> Floats:
+    """Return structures as seen through a turn, in rows of length 1; of nothing, 0."""
+    left_px, top_px, side_px = (SIDE_PX * share for share in (turn.left, turn.top, turn.side))
+    box = (left_px, top_px, left_px + side_px, top_px + side_px)
+    coarse = np.empty((len(structures), COARSE_PX, COARSE_PX), np.float32)
+    for row, structure in enumerate(structures):
+        mirrored = structure[:: -1 if turn.upside_down else 1, :: -1 if turn.sideways else 1]
+        picture = Image.fromarray(np.ascontiguousarray(mirrored, dtype=np.float32))
+        small = picture.resize((COARSE_PX, COARSE_PX), Image.Resampling.BILINEAR, box)
+        coarse[row] = np.asarray(small)
+    # Tile by tile, or a bright skull would outweigh what is in it.
+    tiles = coarse.reshape(-1, NUM_TILES, TILE_PX, NUM_TILES, TILE_PX)
+    tiles = tiles - tiles.mean(axis=(2, 4), keepdims=True)
+    spread = np.sqrt((tiles**2).mean(axis=(2, 4), keepdims=True))
+    rows = (tiles / (spread + QUIET)).reshape(len(coarse), -1)
+    return _of_length_1(rows.astype(np.float32))
+
+
+def _of_length_1(rows: Floats) -> Floats:
+    """Return rows as unit vectors; what is nearly nothing stays so."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(lengths, 1e-3), dtype=np.float32)
+
+
+def _shrunk(image: Images) -> Floats:
+    small = Image.fromarray(image).resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR)
+    return np.asarray(small, dtype=np.float32)
+
+
+class _Joined:
+    """Rows that belong together (a disjoint-set forest)."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._above = list(range(num_rows))
+
+    def root(self, row: int) -> int:
+        """Return the first row of a row's cluster."""
+        while self._above[row] != row:
+            self._above[row] = self._above[self._above[row]]
+            row = self._above[row]
+        return row
+
+    def join(self, one: int, other: int) -> None:
+        """Make one cluster of two rows' clusters."""
+        low, high = sorted((self.root(one), self.root(other)))
+        self._above[high] = low
+
+    def clusters(self) -> Clusters:
+        """Return clusters of two or more rows."""
+        members: dict[int, list[int]] = {}
+        for row in range(len(self._above)):
+            members.setdefault(self.root(row), []).append(row)
+        return tuple(tuple(rows) for rows in members.values() if len(rows) > 1)
