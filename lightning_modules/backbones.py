@@ -1,26 +1,44 @@
-"""Backbones cut into five stages by resolution, and freezing by stage.
+"""Backbones cut into five stages, and freezing by stage.
 
 Where the cuts are stands in ``stages``; initial weights come from ``weights``, the head
 from ``classifier``.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import VGG, VisionTransformer
 
 from lightning_modules.errors import InputError
-from lightning_modules.stages import BACKBONES, HEAD_MODULE, STAGE_MODULES
+from lightning_modules.stages import (
+    BACKBONES,
+    HEAD_MODULE,
+    IMAGENET_SIZE_PX,
+    STAGE_MODULES,
+    check_image_size,
+)
 
 
 class Backbone(nn.Module):
-    """A convolutional network without its head, as five stages in forward order.
+    """A network without its head, as five stages in forward order.
+
+    Convolutional networks pass on activations of shape ``(B, C, h, w)``, and their features are
+    the mean over all places. ViT-B/16 passes on tokens ``(B, T, 768)``, the class token first, and
+    its features are that token.
+
+    VGG16 comes without its two layers of 4096 units, which hold 90 % of its weights and expect
+    7 x 7 places: its 512 channels are averaged like those of the others.
 
     Args:
         name: One of ``BACKBONES``.
+        image_size_px: Height and width of the images. Only ViT-B/16 depends on it: it has a
+            position embedding for each patch of 16 px. The others take images of any size.
 
     Raises:
-        InputError: If ``name`` is not a known backbone.
+        InputError: If ``name`` is not a known backbone, or the image size does not suit it.
 
     Example:
         >>> backbone = Backbone("mobilenet_v2")
@@ -29,27 +47,39 @@ class Backbone(nn.Module):
 
     References:
         He et al., "Deep Residual Learning for Image Recognition", 2015, table 1,
-        https://arxiv.org/abs/1512.03385. torchvision's ResNet-50 is v1.5: the stride sits in the
+        https://arxiv.org/abs/1512.03385. torchvision's ResNets are v1.5: the stride sits in the
         3x3 convolution.
 
         Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, table 2,
         https://arxiv.org/abs/1801.04381.
+
+        Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
+        2019, table 1, https://arxiv.org/abs/1905.11946.
+
+        Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
+        Recognition", 2014, table 1, column D, https://arxiv.org/abs/1409.1556.
+
+        Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at
+        Scale", 2020, table 1, https://arxiv.org/abs/2010.11929.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, image_size_px: int = IMAGENET_SIZE_PX) -> None:
         super().__init__()
-        network = build_network(name)
+        network = build_network(name, image_size_px=image_size_px)
         self.name = name
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(network.get_submodule(module) for module in modules))
-            for modules in STAGE_MODULES[name]
-        )
+        self.image_size_px = image_size_px
+        stages = [
+            [network.get_submodule(module) for module in modules] for modules in STAGE_MODULES[name]
+        ]
+        if isinstance(network, VisionTransformer):
+            stages[0][0] = PatchEmbedding(network)
+        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in stages)
         head = network.get_submodule(HEAD_MODULE[name])
-        assert isinstance(head, nn.Linear)  # noqa: S101  narrows the type; true for both networks
+        assert isinstance(head, nn.Linear)  # noqa: S101  narrows the type; true for all networks
         self.num_features = head.in_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return globally average-pooled features.
+        """Return one feature vector an image, see ``pool``.
 
         Args:
             images: Shape ``(B, 3, H, W)``, float, normalised as the initial weights expect.
@@ -63,7 +93,8 @@ class Backbone(nn.Module):
         """Return what the last stage makes of the activations that one of the stages is given.
 
         Args:
-            activations: Shape ``(B, C, h, w)``: the output of the stage before ``first_stage``.
+            activations: Shape ``(B, C, h, w)`` or ``(B, T, D)``: the output of the stage before
+                ``first_stage``; images for 0.
             first_stage: The stage to start from; the stages below it are left out.
         """
         for stage in self.stages[first_stage:]:
@@ -74,23 +105,86 @@ class Backbone(nn.Module):
         """Yield (prefix in this module, prefix in torchvision's network) for each submodule."""
         for stage_index, modules in enumerate(STAGE_MODULES[self.name]):
             for module_index, module in enumerate(modules):
-                yield f"stages.{stage_index}.{module_index}.", f"{module}."
+                ours = f"stages.{stage_index}.{module_index}."
+                if module == "conv_proj":
+                    for name, theirs in PatchEmbedding.TORCHVISION_NAMES:
+                        yield ours + name, theirs
+                else:
+                    yield ours, f"{module}."
+
+
+class PatchEmbedding(nn.Module):
+    """Turns images into tokens: one a patch, the class token before them, each with its position.
+
+    Args:
+        network: torchvision's; its tensors are taken, not copied.
+    """
+
+    class_token: nn.Parameter
+    pos_embedding: nn.Parameter
+
+    # The names of its tensors, or their beginnings, here and in torchvision's network.
+    TORCHVISION_NAMES = (
+        ("class_token", "class_token"),
+        ("conv_proj.", "conv_proj."),
+        ("pos_embedding", "encoder.pos_embedding"),
+    )
+
+    def __init__(self, network: VisionTransformer) -> None:
+        super().__init__()
+        self.class_token = network.class_token
+        self.conv_proj = network.conv_proj
+        self.pos_embedding = network.encoder.pos_embedding
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return tokens ``(B, 1 + H/16 * W/16, D)`` of images ``(B, 3, H, W)``."""
+        patches: Tensor = self.conv_proj(images).flatten(2).transpose(1, 2)
+        class_tokens = self.class_token.expand(patches.shape[0], -1, -1)
+        return torch.cat([class_tokens, patches], dim=1) + self.pos_embedding
 
 
 def pool(activations: Tensor) -> Tensor:
-    """Return the mean over height and width: ``(B, C, h, w)`` to ``(B, C)``."""
+    """Return one vector an image of what the last stage makes of it.
+
+    Args:
+        activations: Shape ``(B, C, h, w)``, or tokens ``(B, T, C)``, the class token first.
+
+    Returns:
+        Shape ``(B, C)``: the mean over height and width, or the class token.
+    """
+    if activations.ndim == 3:
+        return activations[:, 0]
     return activations.mean(dim=(2, 3))
 
 
-def build_network(name: str) -> nn.Module:
-    """Build torchvision's own network with random weights, head included."""
+def build_network(name: str, *, image_size_px: int = IMAGENET_SIZE_PX) -> nn.Module:
+    """Build torchvision's own network with random weights, head included.
+
+    VGG16's three linear layers are replaced by one, after a mean over all places.
+
+    Args:
+        name: One of ``BACKBONES``.
+        image_size_px: Height and width of the images, for ViT-B/16.
+
+    Raises:
+        InputError: If ``name`` is not a known backbone, or the image size does not suit it.
+    """
+    check_image_size(name, image_size_px)
     builders: dict[str, Callable[[], nn.Module]] = {
         "mobilenet_v2": torchvision.models.mobilenet_v2,
         "resnet50": torchvision.models.resnet50,
+        "efficientnet_b0": torchvision.models.efficientnet_b0,
+        "resnet152": torchvision.models.resnet152,
+        "vgg16": torchvision.models.vgg16,
+        "vit_b_16": functools.partial(torchvision.models.vit_b_16, image_size=image_size_px),
     }
     if name not in builders:
         raise InputError(f"backbone must be one of {', '.join(BACKBONES)}; got {name!r}")
-    return builders[name]()
+    network = builders[name]()
+    if isinstance(network, VGG):
+        network.avgpool = nn.AdaptiveAvgPool2d(1)
+        network.classifier = nn.Linear(512, 1000)
+    return network
 
 
 def freeze_below(stages: Sequence[nn.Module], unfreeze_depth: int) -> list[nn.Module]:

@@ -1,8 +1,8 @@
 """The one LightningModule: a backbone frozen below a depth, dropout, and a linear head."""
 
+import functools
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,18 @@ from lightning_modules.data.datamodule import Batch, Steps
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from lightning_modules.stages import NUM_STAGES
-from lightning_modules.weights import IMAGENET_MEAN, IMAGENET_STD, initial_backbone, initial_digest
+from lightning_modules.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    initial_backbone,
+    initial_digest,
+)
 
 # Images that frozen stages are given at once on a CPU.
 FROZEN_BLOCK = 16
+
+# What a vision transformer learns beside weights and biases; as there, they are not decayed.
+EMBEDDINGS = ("class_token", "pos_embedding")
 
 
 class ImageClassifier(pl.LightningModule):
@@ -46,13 +54,13 @@ class ImageClassifier(pl.LightningModule):
     frozen part from ``weights_path`` again and compares.
 
     Args:
-        backbone: ``mobilenet_v2`` or ``resnet50``.
+        backbone: One of ``BACKBONES``.
         num_classes: At least 2.
         unfreeze_depth: Stages trained, counted from the head, in [0, 5].
         dropout: Probability, before the linear layer.
         lr: AdamW's learning rate for the head, after warm-up.
         backbone_lr_factor: The unfrozen stages' learning rate, as a share of ``lr``.
-        weight_decay: AdamW's, on weights; biases and BatchNorm are left out.
+        weight_decay: AdamW's, on weights; biases, norms, and embeddings are left out.
         label_smoothing: In [0, 1).
         max_epochs: Length of the cosine, whether or not training is stopped before.
         warmup_epochs: Linear warm-up, part of ``max_epochs``; a fraction of an epoch is fine.
@@ -111,7 +119,11 @@ class ImageClassifier(pl.LightningModule):
 
         path = None if weights_path is None else Path(weights_path)
         self.backbone = initial_backbone(
-            backbone, path, seed=weights_seed, unfreeze_depth=unfreeze_depth
+            backbone,
+            path,
+            seed=weights_seed,
+            unfreeze_depth=unfreeze_depth,
+            image_size_px=image_size_px,
         )
         self.frozen_stages = NUM_STAGES - unfreeze_depth
         self.dropout = nn.Dropout(dropout)
@@ -186,7 +198,8 @@ class ImageClassifier(pl.LightningModule):
             first_stage: The stage to start from.
 
         Returns:
-            Shape ``(B, C, h, w)``; ``(B, num_features)``, pooled, if every stage is frozen.
+            Shape ``(B, C, h, w)``, or tokens ``(B, T, C)``; ``(B, num_features)``, pooled, if every
+            stage is frozen.
         """
         stages = self.backbone.stages[first_stage : self.frozen_stages]
         if not len(stages):
@@ -194,7 +207,9 @@ class ImageClassifier(pl.LightningModule):
         is_pooled = self.frozen_stages == len(self.backbone.stages)
         blocks = [activations]
         if activations.device.type == "cpu":
-            padding = activations[:1].expand(-len(activations) % FROZEN_BLOCK, -1, -1, -1)
+            padding = activations[:1].expand(
+                -len(activations) % FROZEN_BLOCK, *activations.shape[1:]
+            )
             padded = torch.cat([activations, padding]) if len(padding) else activations
             blocks = list(padded.split(FROZEN_BLOCK))
         outputs = []
@@ -211,12 +226,25 @@ class ImageClassifier(pl.LightningModule):
         return self.head(self.dropout(features))  # type: ignore[no-any-return]  # nn.Module: Any
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss and the logits of a training step, on views of the current epoch."""
+        """Return the loss and the logits of a training step, on views of the current epoch.
+
+        With image weights r the loss is the sum of r times each image's loss, over the sum of the
+        images' class weights: an image of weight 2 pulls like two of weight 1.
+        """
         logits = self.logits(self._features(batch, epoch=self.current_epoch))
-        loss = F.cross_entropy(
-            logits, batch.labels, weight=self.class_weights, label_smoothing=self.label_smoothing
+        loss_of = functools.partial(
+            F.cross_entropy,
+            logits,
+            batch.labels,
+            weight=self.class_weights,
+            label_smoothing=self.label_smoothing,
         )
-        return loss, logits
+        if batch.weights is None:
+            return loss_of(), logits
+        total = (batch.weights * loss_of(reduction="none")).sum()
+        if self.class_weights is None:
+            return total / len(batch.labels), logits
+        return total / self.class_weights[batch.labels].sum(), logits
 
     def training_step(self, steps: Steps, batch_index: int) -> None:
         """Train on the views of one epoch, step by step."""
@@ -287,14 +315,17 @@ class ImageClassifier(pl.LightningModule):
             (self.head, self.lr),
             (self.backbone, self.lr * self.backbone_lr_factor),
         ):
-            trained = [p for p in module.parameters() if p.requires_grad]
-            weights = [p for p in trained if p.ndim > 1]
-            scales = [p for p in trained if p.ndim <= 1]
+            weights: list[nn.Parameter] = []
+            others: list[nn.Parameter] = []
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    is_weight = parameter.ndim > 1 and not name.endswith(EMBEDDINGS)
+                    (weights if is_weight else others).append(parameter)
             groups.append({"params": weights, "full_lr": lr, "weight_decay": self.weight_decay})
-            groups.append({"params": scales, "full_lr": lr, "weight_decay": 0.0})
+            groups.append({"params": others, "full_lr": lr, "weight_decay": 0.0})
         return AdamW([group for group in groups if group["params"]], fused=True)
 
-    @cached_property
+    @functools.cached_property
     def frozen_digest(self) -> str:
         """SHA-256 of the frozen stages, which are what they were initially."""
         given = self.hparams["weights_path"]
@@ -303,6 +334,7 @@ class ImageClassifier(pl.LightningModule):
             None if given is None else Path(given),
             seed=self.hparams["weights_seed"],
             num_stages=self.frozen_stages,
+            image_size_px=self.backbone.image_size_px,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_modules import augmentation, backbones, classifier
+from lightning_modules import augmentation, backbones, classifier, stages, state_dicts
 from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
 from lightning_modules.data.datamodule import PackDataModule, settle, take_rows
 from lightning_modules.feature_store import Claim, FeatureStore
@@ -87,17 +87,15 @@ class FeatureCache:
             epoch: Counted from 0.
 
         Returns:
-            Shape ``(N, C, h, w)``, channels last, or ``(N, num_features)``; mapped, or on the
-            trial's device where they fit.
+            Shape ``(N, C, h, w)``, channels last, tokens ``(N, T, C)``, or ``(N, num_features)``;
+            mapped, or on the trial's device where they fit.
         """
         features, outcome = self._features(split, epoch)
         if split == "train":
             self.outcome = outcome
         if features is None:
             return None
-        if features.ndim == 4:
-            features = features.permute(0, 3, 1, 2)
-        return settle(features, self.data.device)
+        return settle(_channels_second(features), self.data.device)
 
     def _features(self, split: str, epoch: int) -> tuple[Tensor | None, str]:
         if self.cut == 0:
@@ -164,7 +162,7 @@ class FeatureCache:
         for cut in range(self.cut - 1, 0, -1):
             found = self.store.find(self._key(split, epoch, cut))
             if found is not None:
-                start, shallower = cut, found.permute(0, 3, 1, 2)
+                start, shallower = cut, _channels_second(found)
                 break
         for places in torch.arange(len(rows)).split(_block_size(device)):
             if shallower is None:
@@ -247,8 +245,8 @@ _COSTS: dict[tuple[str | int, ...], Cost] = {}
 @functools.cache
 def code_digest() -> str:
     """Return what changes with the code that features are a result of."""
-    files = [str(module.__file__) for module in (augmentation, backbones, classifier)]
-    digests = [sha256_of(Path(file)) for file in files]
+    modules = (augmentation, backbones, classifier, stages, state_dicts)
+    digests = [sha256_of(Path(str(module.__file__))) for module in modules]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -257,10 +255,18 @@ def _block_size(device: torch.device) -> int:
 
 
 def _channels_last(features: Tensor) -> Tensor:
-    """Return features as they are stored: on the CPU, channels last in memory."""
+    """Return features as they are stored: on the CPU, channels last in memory.
+
+    Tokens ``(B, T, C)`` and pooled features ``(B, C)`` have them last as they are.
+    """
     if features.ndim == 4:
         features = features.permute(0, 2, 3, 1)
     return features.contiguous().cpu()
+
+
+def _channels_second(stored: Tensor) -> Tensor:
+    """Return stored features as stages take them; nothing is copied."""
+    return stored.permute(0, 3, 1, 2) if stored.ndim == 4 else stored
 
 
 def _device_name(device: torch.device) -> str:

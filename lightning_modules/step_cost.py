@@ -58,7 +58,7 @@ def measure_step(
         device: Where.
     """
     with torch.random.fork_rng(devices=[]):
-        network = Backbone(backbone)
+        network = Backbone(backbone, image_size_px=image_size_px)
         freeze_below(list(network.stages), unfreeze_depth)
         network.to(device).to(memory_format=torch.channels_last)
         head = torch.nn.Linear(network.num_features, 5, device=device)

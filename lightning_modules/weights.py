@@ -1,39 +1,34 @@
 """Initial weights of a backbone: where they come from, and what exactly they are.
 
-They are found once, before a sweep starts; trials get a local file and its digest.
+They are found once, before a sweep starts; trials get a local file and its digest. Finding files
+is ``weight_files``'s, and what may stand in them ``state_dicts``'s.
 """
 
 import copy
 import functools
-import hashlib
-import http.client
-import os
-import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
-import torchvision
-from torch import Tensor
 
-from lightning_modules.backbones import Backbone, build_network, freeze_below
+from lightning_modules.backbones import Backbone, freeze_below
 from lightning_modules.errors import InputError
-from lightning_modules.files import sha256_of
-from lightning_modules.stages import HEAD_MODULE
-
-# The recipe of the published comparisons: torchvision's first weights, not the longer second one.
-IMAGENET_WEIGHTS = {
-    "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
-    "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
-}
+from lightning_modules.stages import IMAGENET_SIZE_PX
+from lightning_modules.state_dicts import (
+    Match,
+    digest_of,
+    from_torchvision,
+    match_state_dict,
+    read_state_dict,
+)
+from lightning_modules.weight_files import IMAGENET_LICENCE, local_file, read_sidecars
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
+# Names of a file that are recorded at most.
+MAX_RECORDED_NAMES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +38,17 @@ class WeightOrigin:
     Attributes:
         origin: ``imagenet``, ``random``, or the path that the user gave.
         path: The local file that holds them; none for ``random``.
-        digest: SHA-256 over the backbone's tensors (names, shapes, values), head left out.
+        digest: SHA-256 over the backbone's tensors (names, shapes, values), head left out; of
+            ViT-B/16 as it is for images of 224 px.
         seed: What ``random`` weights were drawn from.
         passed_over: Why earlier attempts of a list could not be used.
+        prefix: What the file's names have before torchvision's.
+        num_matched: How many tensors the file gave.
+        missing: torchvision's names that it does not have: the head's, or counters.
+        num_ignored: How many of its names are no part of the backbone.
+        ignored: The first of these, in alphabetical order.
+        provenance: What the user says they are, in ``FILE.yaml``.
+        licence: Of the weights, as far as it is known.
     """
 
     origin: str
@@ -53,6 +56,31 @@ class WeightOrigin:
     digest: str
     seed: int
     passed_over: tuple[str, ...] = ()
+    prefix: str = ""
+    num_matched: int = 0
+    missing: tuple[str, ...] = ()
+    num_ignored: int = 0
+    ignored: tuple[str, ...] = ()
+    provenance: str | None = None
+    licence: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """What was taken from the file, and under which licence, in one line; "" without a file."""
+        if self.path is None:
+            return ""
+        parts = [f"{self.num_matched} tensors matched"]
+        if self.prefix:
+            parts[0] += f" under {self.prefix}"
+        for count, kind, names in (
+            (len(self.missing), "missing", self.missing),
+            (self.num_ignored, "ignored", self.ignored),
+        ):
+            if count:
+                parts.append(f"{count} {kind} (first: {names[0]})")
+        if self.provenance:
+            parts.append(self.provenance)
+        return "; ".join([*parts, f"licence: {self.licence or 'not stated'}"])
 
 
 def find_weights(
@@ -63,7 +91,8 @@ def find_weights(
     Args:
         spec: ``imagenet`` (torchvision's own download), ``random``, the path of a state dict
             (``.pth``, ``.safetensors``) or of a folder that holds one whose name starts with the
-            backbone's, or several of these, tried in order.
+            backbone's, or several of these, tried in order. Beside a file, ``FILE.yaml`` may say
+            its ``origin`` and ``licence``, and ``FILE.license`` its licence alone.
         backbone: One of ``BACKBONES``.
         seed: What random weights are drawn from.
         base: The folder that relative paths start from; the current one if none.
@@ -75,36 +104,61 @@ def find_weights(
     failures: list[str] = []
     for attempt in attempts:
         try:
-            path = _local_file(attempt, backbone, base or Path())
-            return WeightOrigin(
+            path = local_file(attempt, backbone, base or Path())
+            found = WeightOrigin(
                 origin=attempt,
                 path=None if path is None else str(path),
-                digest=digest_of(load_weights(backbone, path, seed=seed)),
+                digest="",
                 seed=seed,
                 passed_over=tuple(failures),
             )
+            return _described(found, backbone, path)
         except InputError as error:
             failures.append(str(error))
     raise InputError("; ".join(failures))
 
 
-def load_weights(backbone: str, path: Path | None, *, seed: int) -> Backbone:
+def load_weights(
+    backbone: str, path: Path | None, *, seed: int, image_size_px: int = IMAGENET_SIZE_PX
+) -> Backbone:
     """Build a backbone with the weights of a file, or with random ones if there is none.
+
+    Args:
+        backbone: One of ``BACKBONES``.
+        path: A local file; none for random weights.
+        seed: What random weights are drawn from.
+        image_size_px: Height and width of the images. ViT-B/16's position embeddings, which
+            ImageNet's weights have for 224 px, are interpolated bicubically to it.
 
     Raises:
         InputError: If the file is not a state dict of that network: keys that are foreign or
             missing, or shapes that differ, are named. The head's own keys may differ or be absent.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = Backbone(backbone)
-    if path is not None:
-        built.load_state_dict(_backbone_state(built, read_state_dict(path), path))
+    if path is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Backbone(backbone, image_size_px=image_size_px)
+    state = read_state_dict(path)
+    match = match_state_dict(backbone, state, path, image_size_px=image_size_px)
+    return _filled(match, backbone, image_size_px)
+
+
+def _filled(match: Match, backbone: str, image_size_px: int) -> Backbone:
+    """Return a backbone that holds what was matched."""
+    with torch.device("meta"):  # random values would be drawn only to be overwritten
+        built = Backbone(backbone, image_size_px=image_size_px)
+    built.to_empty(device="cpu")
+    built.load_state_dict(from_torchvision(built, match.state))
     return built
 
 
 def initial_backbone(
-    backbone: str, path: Path | None, *, seed: int, unfreeze_depth: int
+    backbone: str,
+    path: Path | None,
+    *,
+    seed: int,
+    unfreeze_depth: int,
+    image_size_px: int = IMAGENET_SIZE_PX,
 ) -> Backbone:
     """Return what ``load_weights`` does, frozen below a depth; read once a process.
 
@@ -116,11 +170,12 @@ def initial_backbone(
         path: A local file; none for random weights.
         seed: What random weights are drawn from.
         unfreeze_depth: Stages trained, counted from the head.
+        image_size_px: Height and width of the images.
 
     Raises:
         InputError: As ``load_weights`` and ``freeze_below``.
     """
-    initial = _initial(backbone, path, _version_of(path), seed)
+    initial = _initial(backbone, path, _version_of(path), seed, image_size_px)
     frozen = freeze_below(list(initial.stages), unfreeze_depth)
     copied = copy.deepcopy(initial, memo={id(stage): stage for stage in frozen})
     for stage in copied.stages[len(frozen) :]:
@@ -128,9 +183,16 @@ def initial_backbone(
     return copied
 
 
-def initial_digest(backbone: str, path: Path | None, *, seed: int, num_stages: int) -> str:
+def initial_digest(
+    backbone: str,
+    path: Path | None,
+    *,
+    seed: int,
+    num_stages: int,
+    image_size_px: int = IMAGENET_SIZE_PX,
+) -> str:
     """Return ``digest_of`` the first stages of the initial backbone; taken once a process."""
-    return _initial_digest(backbone, path, _version_of(path), seed, num_stages)
+    return _initial_digest(backbone, path, _version_of(path), seed, num_stages, image_size_px)
 
 
 def num_initial_backbones() -> int:
@@ -139,15 +201,23 @@ def num_initial_backbones() -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _initial(backbone: str, path: Path | None, version: tuple[int, int], seed: int) -> Backbone:
-    return load_weights(backbone, path, seed=seed)
+def _initial(
+    backbone: str, path: Path | None, version: tuple[int, int], seed: int, image_size_px: int
+) -> Backbone:
+    return load_weights(backbone, path, seed=seed, image_size_px=image_size_px)
 
 
 @functools.lru_cache(maxsize=64)
 def _initial_digest(
-    backbone: str, path: Path | None, version: tuple[int, int], seed: int, num_stages: int
+    backbone: str,
+    path: Path | None,
+    version: tuple[int, int],
+    seed: int,
+    num_stages: int,
+    image_size_px: int,
 ) -> str:
-    return digest_of(_initial(backbone, path, version, seed).stages[:num_stages])
+    initial = _initial(backbone, path, version, seed, image_size_px)
+    return digest_of(initial.stages[:num_stages])
 
 
 def _version_of(path: Path | None) -> tuple[int, int]:
@@ -158,163 +228,22 @@ def _version_of(path: Path | None) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without unpickling anything but tensors.
-
-    Raises:
-        InputError: If the file is missing, torn, or holds anything but a mapping of tensors.
-    """
-    if not path.is_file():
-        raise InputError(f"weights must be a file; nothing at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"weights {path} cannot be read: {_first_line(error)}") from error
-    except Exception as error:  # torch raises pickle.UnpicklingError and bare ones of its own
-        # Not torch's words: they advise to load the file all the same.
-        raise InputError(
-            f"weights {path} must hold tensors only (no pickled objects); save `model.state_dict()`"
-        ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise InputError(
-            f"weights {path} must be a state dict (a flat mapping of names to tensors); save "
-            "`model.state_dict()`"
-        )
-    return dict(state)
-
-
-def digest_of(module: torch.nn.Module) -> str:
-    """Return the SHA-256 of a module's parameters and buffers: names, types, shapes, values."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha256.hexdigest()
-
-
-def to_torchvision(backbone: Backbone, head: torch.nn.Linear) -> dict[str, Tensor]:
-    """Return the state dict that torchvision's own network with this head would have."""
-    state = {}
-    names = list(backbone.torchvision_names())
-    for name, tensor in backbone.state_dict().items():
-        ours, theirs = next(pair for pair in names if name.startswith(pair[0]))
-        state[theirs + name.removeprefix(ours)] = tensor
-    for name, tensor in head.state_dict().items():
-        state[f"{HEAD_MODULE[backbone.name]}.{name}"] = tensor
-    return state
-
-
-def from_torchvision(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the backbone's part of a torchvision state dict under the backbone's own names."""
-    ours_of = {theirs: ours for ours, theirs in backbone.torchvision_names()}
-    prefixes = tuple(ours_of)
-    return {
-        ours_of[prefix] + name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        for prefix in prefixes
-        if name.startswith(prefix)
-    }
-
-
-def _local_file(attempt: str, backbone: str, base: Path) -> Path | None:
-    if attempt == "random":
-        return None
-    if attempt == "imagenet":
-        return _download_imagenet(backbone)
-    path = base / Path(attempt).expanduser()
-    if path.is_dir():
-        found = sorted(
-            entry
-            for entry in path.iterdir()
-            if entry.name.startswith(backbone) and entry.suffix in SUFFIXES
-        )
-        if len(found) != 1:
-            raise InputError(
-                f"weights folder {path} must hold one file named {backbone}*.pth or "
-                f"{backbone}*.safetensors; found {len(found)}"
-            )
-        path = found[0]
-    if not path.is_file():
-        raise InputError(
-            f"weights must be imagenet, random, a state dict file, or a folder of them; "
-            f"nothing at {path}"
-        )
-    return path.resolve()
-
-
-def _download_imagenet(backbone: str) -> Path:
-    """Return torchvision's file in torch.hub's folder, downloaded and checked if not yet there."""
-    url: str = torchvision.models.get_weight(IMAGENET_WEIGHTS[backbone]).url
-    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    # torchvision names its files by the first eight digits of their SHA-256.
-    expected = path.stem.rsplit("-", 1)[1]
-    if path.is_file() and sha256_of(path).startswith(expected):
-        return path
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    timeout_s = socket.getdefaulttimeout()
-    try:
-        # torch.hub sets none: where a firewall swallows the connection it would wait for minutes.
-        socket.setdefaulttimeout(30)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Straight to a name of our own: a download that breaks off leaves no file that looks whole.
-        torch.hub.download_url_to_file(url, str(partial), hash_prefix=expected, progress=False)
-        partial.replace(path)
-    except (OSError, http.client.HTTPException, RuntimeError) as error:
-        raise InputError(
-            f"imagenet weights of {backbone} could not be downloaded ({_first_line(error)}): put "
-            f"torchvision's {path.name} into {path.parent}, or give a state dict with "
-            f"`--weights FILE_OR_FOLDER`, or start from `--weights random`"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout_s)
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def _backbone_state(
-    backbone: Backbone, state: Mapping[str, Tensor], path: Path
-) -> dict[str, Tensor]:
-    """Check a torchvision state dict against the network and return the backbone's part of it."""
-    with torch.device("meta"):  # names, types, and shapes: no values, no random numbers
-        network = build_network(backbone.name)
-    expected = {
-        name: tensor
-        for name, tensor in network.state_dict().items()
-        if not name.startswith(HEAD_MODULE[backbone.name])
-    }
-    given = {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(HEAD_MODULE[backbone.name])
-    }
-    wrong = {
-        "missing": sorted(expected.keys() - given.keys()),
-        "foreign": sorted(given.keys() - expected.keys()),
-        "of another shape": sorted(
-            name
-            for name in expected.keys() & given.keys()
-            if expected[name].shape != given[name].shape
-        ),
-    }
-    if any(wrong.values()):
-        found = ", ".join(
-            f"{len(names)} keys {kind} (first: {names[0]})"
-            for kind, names in wrong.items()
-            if names
-        )
-        raise InputError(
-            f"weights {path} must be a state dict of torchvision's {backbone.name}: {found}"
-        )
-    # Half-precision files are cast: the network is float32.
-    return from_torchvision(
-        backbone, {name: tensor.to(expected[name].dtype) for name, tensor in given.items()}
+def _described(found: WeightOrigin, backbone: str, path: Path | None) -> WeightOrigin:
+    """Complete where weights came from by what they are."""
+    if path is None:
+        initial = load_weights(backbone, None, seed=found.seed)
+        return replace(found, digest=digest_of(initial))
+    match = match_state_dict(backbone, read_state_dict(path), path)
+    said = read_sidecars(path)
+    licence = IMAGENET_LICENCE if found.origin == "imagenet" else said.get("licence")
+    return replace(
+        found,
+        digest=digest_of(_filled(match, backbone, IMAGENET_SIZE_PX)),
+        prefix=match.prefix,
+        num_matched=match.num_matched,
+        missing=match.missing,
+        num_ignored=len(match.ignored),
+        ignored=match.ignored[:MAX_RECORDED_NAMES],
+        provenance=said.get("origin"),
+        licence=licence,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

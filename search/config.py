@@ -13,12 +13,16 @@ from typing import Any, Literal
 import yaml
 
 from lightning_modules.errors import InputError
-from lightning_modules.stages import BACKBONES
+from lightning_modules.stages import BACKBONES, check_image_size
+from lightning_modules.strict_yaml import load_yaml
 from search.sampler import SAMPLERS, num_grid_points
 from search.space import Choice, Domain, Float, Int, Space
 from search.sweep import METRIC_MODES, PARAM_LIMITS, Sweep, TrialParams, WeightsSpec
 
 MAX_SWEEP_FILE_BYTES = 1 << 20
+
+# Positive, and no further apart than float32 adds up.
+SOURCE_WEIGHT_LIMITS = (1e-3, 1e3)
 
 
 def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
@@ -52,37 +56,13 @@ def dump_sweep(sweep: Sweep) -> str:
     return yaml.safe_dump(_plain(document), sort_keys=False, allow_unicode=True)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses what PyYAML takes in silence: keys given twice, and aliases (a bomb's fuse)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]  # types-PyYAML has none
-            line = event.start_mark.line + 1
-            raise InputError(f"line {line}: aliases are not supported; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise InputError(f"line {line}: a key must be a word")
-            if key_node.value in seen:
-                twice = _shown(key_node.value)
-                raise InputError(f"line {line}: {twice} is given twice; remove one")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"the sweep file must exist; nothing at {path}")
     if path.stat().st_size > MAX_SWEEP_FILE_BYTES:
         raise InputError(f"{path}: a sweep file must be below 1 MiB; is it one?")
     try:
-        # Not yaml.load's unsafe kind: _StrictLoader is a SafeLoader.
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
+        document = load_yaml(path.read_text(encoding="utf-8"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
@@ -160,6 +140,8 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:
     hint = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, dotted)
+    if typing.get_origin(hint) is dict:
+        return _mapping(value, typing.get_args(hint)[1], dotted)
     if typing.get_origin(hint) is Literal:
         return _one_of(value, typing.get_args(hint), dotted)
     if hint is bool:
@@ -171,6 +153,16 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:
     if not isinstance(value, str) or _CONTROL.search(value):
         raise InputError(f"{dotted} must be text; got {_shown(value)}")
     return value
+
+
+def _mapping(value: Any, hint: Any, dotted: str) -> dict[str, Any]:
+    """Check a mapping whose keys are the user's own words."""
+    if not isinstance(value, dict):
+        raise InputError(f"{dotted} must be a mapping of names to values; got {_shown(value)}")
+    for key in value:
+        if not isinstance(key, str) or _CONTROL.search(key):
+            raise InputError(f"{dotted} must have text as its keys; got {_shown(key)}: quote it")
+    return {key: _convert(hint, below, f"{dotted}.{key:.80}") for key, below in value.items()}
 
 
 # Control characters and half pairs, which no path or name can have.
@@ -281,6 +273,8 @@ def _checked(sweep: Sweep) -> Sweep:
     _within("data.image_size_px", sweep.data.image_size_px, 32, 1024)
     _within("data.val_fraction", sweep.data.val_fraction, 0.01, 0.5)
     _within("data.test_fraction", sweep.data.test_fraction, 0, 0.5)
+    for source, weight in (sweep.data.source_weights or {}).items():
+        _within(f"data.source_weights.{source:.80}", weight, *SOURCE_WEIGHT_LIMITS)
     _within("training.max_epochs", sweep.training.max_epochs, 1, 10_000)
     _within("training.warmup_epochs", sweep.training.warmup_epochs, 0, sweep.training.max_epochs)
     _within("search.num_trials", sweep.search.num_trials, 1, 1_000_000)
@@ -307,6 +301,11 @@ def _checked(sweep: Sweep) -> Sweep:
         if name in sweep.backbones and name not in sweep.weights:
             raise InputError(f"weights must name initial weights for {name}, which is searched")
     _check_params(sweep)
+    for name in sweep.backbones:
+        try:
+            check_image_size(name, sweep.data.image_size_px)
+        except InputError as error:
+            raise InputError(f"data.{error}") from error
     _check_sampler(sweep)
     return sweep
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lightning_modules.augmentation_settings import AugmentationSettings
 from lightning_modules.data.phantom import PhantomSettings
-from lightning_modules.stages import BACKBONES, NUM_STAGES
+from lightning_modules.stages import NUM_STAGES
 from search.space import Choice, Float, Int, Space
 
 # What a sweep may rank by, and which way is better.
@@ -22,7 +22,7 @@ class TrialParams:
     """One trial's params. The defaults are the baseline, which every sweep runs as trial 0.
 
     Attributes:
-        backbone: ``mobilenet_v2`` or ``resnet50``.
+        backbone: One of ``BACKBONES``.
         unfreeze_depth: Stages trained, counted from the head.
         dropout: Before the linear layer.
         lr: The head's learning rate.
@@ -57,7 +57,8 @@ PARAM_LIMITS: dict[str, tuple[float, float]] = {
 }
 
 DEFAULT_SPACE: Space = {
-    "backbone": Choice(choices=BACKBONES),
+    # Not all of BACKBONES: the default number of trials is few enough for two.
+    "backbone": Choice(choices=("mobilenet_v2", "resnet50")),
     "unfreeze_depth": Int(low=0, high=NUM_STAGES),
     "dropout": Float(low=0.1, high=0.6),
     "lr": Float(low=1e-4, high=1e-2, log=True),
@@ -77,6 +78,8 @@ class DataSettings:
         val_fraction: Share of the groups for validation, where the manifest has no splits.
         test_fraction: Share of the groups that stay locked.
         class_balance: How rare classes are made up for.
+        source_weights: By source: how much an image counts in the training loss, beside its class;
+            1 where nothing is said. Validation is never weighted.
         skip_bad_images: Go on without images that cannot be read, and record which.
         duplicates: Images that show one picture go into one split where splits are made here. If
             the manifest's own tear them apart, ``refuse`` refuses to launch, ``group`` moves them
@@ -90,6 +93,7 @@ class DataSettings:
     val_fraction: float = 0.15
     test_fraction: float = 0.15
     class_balance: Literal["weighted_loss", "balanced_sampling", "none"] = "weighted_loss"
+    source_weights: dict[str, float] | None = None
     skip_bad_images: bool = False
     duplicates: Literal["refuse", "group", "allow"] = "refuse"
 

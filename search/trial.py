@@ -94,7 +94,12 @@ def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves, *, leak: s
     params = TrialParams(**config["params"])
     precision: Any = run.precisions[params.backbone]
     module = build_module(
-        params, sweep=sweep, manifest=run.manifest, weights=run.weights, seed=config["seed"]
+        params,
+        sweep=sweep,
+        manifest=run.manifest,
+        weights=run.weights,
+        seed=config["seed"],
+        view_seed=config["view_seed"],
     )
     data = PackDataModule(
         run.manifest,
@@ -102,6 +107,7 @@ def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves, *, leak: s
         batch_size=params.batch_size,
         seed=config["seed"],
         balanced_sampling=sweep.data.class_balance == "balanced_sampling",
+        source_weights=sweep.data.source_weights,
     )
     cache = FeatureCache(
         module,
@@ -192,6 +198,7 @@ def build_module(
     manifest: Manifest,
     weights: dict[str, WeightOrigin],
     seed: int,
+    view_seed: int,
 ) -> ImageClassifier:
     """Build the module that a trial trains, at its initial weights."""
     origin = weights[params.backbone]
@@ -212,7 +219,7 @@ def build_module(
         weights_path=origin.path,
         weights_seed=origin.seed,
         seed=seed,
-        view_seed=sweep.seed,
+        view_seed=view_seed,
         augmentation={
             name: getattr(sweep.augmentation, name)
             for name in sweep.augmentation.__dataclass_fields__

@@ -26,6 +26,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 import ray
 from ray import tune
 
+from lightning_modules.data.datamodule import source_loss_weights
 from lightning_modules.data.manifest import SPLITS, Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
@@ -83,12 +84,16 @@ def launch_sweep(
         InputError: If anything the user gave is wrong; then there is no record either.
     """
     check_devices(sweep, address)
+    if sweep.data.source_weights:
+        source_loss_weights(manifest, sweep.data.source_weights)  # refuses sources that are not
     weights = {
         backbone: find_weights(sweep.weights[backbone], backbone=backbone, seed=sweep.seed)
         for backbone in sweep.backbones
     }
     for backbone, origin in weights.items():
         tell(f"weights {backbone}: {origin.origin}")
+        if origin.summary:
+            tell(f"        {origin.summary}")
         for reason in origin.passed_over:
             tell(f"        {reason}")
     _tell_data(manifest, pack, tell)

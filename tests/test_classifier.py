@@ -311,7 +311,7 @@ def test_train_loss_at_the_end_of_an_epoch_is_this_epochs(
         def on_before_optimizer_step(
             self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
         ) -> None:
-            images, _, labels, rows = next(self.batches)
+            images, _, labels, rows, _ = next(self.batches)
             with torch.no_grad():
                 views = pl_module.views(images, epoch=trainer.current_epoch, samples=rows)
                 scores = pl_module(views).exp()

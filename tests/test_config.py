@@ -13,6 +13,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from lightning_modules.data.phantom import PhantomSettings
 from lightning_modules.errors import InputError
+from lightning_modules.stages import BACKBONES
 from search.config import MAX_SWEEP_FILE_BYTES, dump_sweep, load_sweep
 from search.space import Choice, Float, Int
 from search.sweep import DataSettings, SchedulerSettings, Sweep, TrainingSettings, TrialParams
@@ -117,11 +118,12 @@ BAD_SETTINGS = {
     "space: {unfreeze_depth: [2, 6]}": "space.unfreeze_depth must be in [0, 5]; got 6",
     # Names.
     "params: {backbone: resnet5O}": (
-        "params.backbone must be one of mobilenet_v2, resnet50; got 'resnet5O'; "
-        "did you mean resnet50?"
+        "params.backbone must be one of mobilenet_v2, resnet50, efficientnet_b0, resnet152, vgg16, "
+        "vit_b_16; got 'resnet5O'; did you mean resnet50?"
     ),
     "space: {backbone: [mobilenet_v2, vgg]}": (
-        "space.backbone must be one of mobilenet_v2, resnet50; got 'vgg'"
+        "space.backbone must be one of mobilenet_v2, resnet50, efficientnet_b0, resnet152, vgg16, "
+        "vit_b_16; got 'vgg'; did you mean vgg16?"
     ),
     "metric: val_f1": (
         "metric must be one of val_macro_f1, val_accuracy, val_loss; got 'val_f1'; "
@@ -159,6 +161,26 @@ BAD_SETTINGS = {
     ),
     "data: {phantom: {}, skip_bad_images: 1}": "data.skip_bad_images must be true or false; got 1",
     "data: {phantom: {}, image_size_px: 16}": "data.image_size_px must be in [32, 1024]; got 16",
+    "data: {phantom: {}, source_weights: 2}": (
+        "data.source_weights must be a mapping of names to values; got 2"
+    ),
+    "data: {phantom: {}, source_weights: {1: 2}}": (
+        "data.source_weights must have text as its keys; got 1: quote it"
+    ),
+    "data: {phantom: {}, source_weights: {a: heavy}}": (
+        "data.source_weights.a must be a number; got 'heavy'"
+    ),
+    "data: {phantom: {}, source_weights: {a: 1, b: 0}}": (
+        "data.source_weights.b must be in [0.001, 1000]; got 0"
+    ),
+    "data: {phantom: {}, source_weights: {a: -1}}": (
+        "data.source_weights.a must be in [0.001, 1000]; got -1"
+    ),
+    "data: {phantom: {}, image_size_px: 100}\nparams: {backbone: vit_b_16}\n"
+    "space: {dropout: [0.3]}": (
+        "data.image_size_px must be a multiple of 16 for vit_b_16, which cuts images into patches; "
+        "got 100: take 96 or 112"
+    ),
     # Weights.
     "weights: 3": f"{WEIGHTS_RULE} 3 for mobilenet_v2",
     "weights: []": f"{WEIGHTS_RULE} [] for mobilenet_v2",
@@ -368,7 +390,7 @@ def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
     assert sweep.search.sampler == "random"
     assert sweep.training.max_epochs == 5
     assert sweep.seed == 3
-    assert sweep.weights == {"mobilenet_v2": "random", "resnet50": "random"}
+    assert sweep.weights == dict.fromkeys(BACKBONES, "random")
 
 
 def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
@@ -384,7 +406,12 @@ seed: 7
 metric: val_loss
 study_url: postgresql://host/study
 weights: {mobilenet_v2: [/w/mobilenet_v2.pth, random], resnet50: imagenet}
-data: {path: /images, group_pattern: '(P\\d+)', class_balance: none, skip_bad_images: true}
+data:
+  path: /images
+  group_pattern: '(P\\d+)'
+  class_balance: none
+  skip_bad_images: true
+  source_weights: {figshare: 2, br35h: 0.5}
 params: {lr: 2e-5, batch_size: 16}
 space:
   lr: {low: 1e-6, high: 1e-2, log: true}
@@ -413,7 +440,7 @@ def test_defaults_are_the_baseline(tmp_path: Path) -> None:
     sweep = load_text(tmp_path, MINIMAL)
     assert sweep.params == TrialParams()
     assert sweep.data == DataSettings(phantom=PhantomSettings())
-    assert sweep.weights == {"mobilenet_v2": "imagenet", "resnet50": "imagenet"}
+    assert sweep.weights == dict.fromkeys(BACKBONES, "imagenet")
     assert (sweep.metric, sweep.mode) == ("val_macro_f1", "max")
     assert sweep.backbones == ("mobilenet_v2", "resnet50")
 
@@ -479,7 +506,15 @@ def test_importing_the_config_imports_neither_torch_nor_ray() -> None:
 KNOWN_KEYS = [
     *TOP_LEVEL.split(", "),
     *("path", "phantom", "num_patients", "image_size_px", "group_pattern", "val_fraction"),
-    *("class_balance", "skip_bad_images", "backbone", "unfreeze_depth", "lr", "dropout"),
+    *(
+        "class_balance",
+        "skip_bad_images",
+        "source_weights",
+        "backbone",
+        "unfreeze_depth",
+        "lr",
+        "dropout",
+    ),
     *("batch_size", "low", "high", "log", "choices", "noise", "max_epochs", "warmup_epochs"),
     *("precision", "num_trials", "sampler", "max_concurrent_trials", "grace_period_epochs"),
     *("gpus_per_trial", "mobilenet_v2", "resnet50"),

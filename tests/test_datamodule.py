@@ -104,7 +104,7 @@ def make_module(data: Data, *, batch_size: int = 4, balanced: bool = False) -> P
 
 def test_a_batch_holds_the_rows_images_and_labels(tiny_data: Data) -> None:
     manifest, pack = tiny_data
-    for images, features, labels, rows in batches_of(make_module(tiny_data).train_dataloader()):
+    for images, features, labels, rows, _ in batches_of(make_module(tiny_data).train_dataloader()):
         assert features is None
         assert images.shape == (4, 1, 32, 32)
         assert (images.dtype, labels.dtype, rows.dtype) == (torch.uint8, torch.int64, torch.int64)
@@ -142,7 +142,7 @@ def test_balanced_sampling_draws_classes_equally(make_data: MakeData) -> None:
     module, counts = make_module(data, batch_size=61, balanced=True), torch.zeros(3)
     for epoch in range(10):
         module.train_order.set_epoch(epoch)
-        for _, _, labels, rows in batches_of(module.train_dataloader()):
+        for _, _, labels, rows, _ in batches_of(module.train_dataloader()):
             assert set(rows.tolist()) <= set(data[0].rows("train").tolist())
             counts += labels.bincount(minlength=3)
     # 549 = 9 * 61 draws an epoch. A class's count has mean 1830 and standard deviation

@@ -39,7 +39,7 @@ NUM_EPOCHS = 2
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random weights whose BatchNorm statistics are those of noise, so that features differ."""
     folder, paths = tmp_path_factory.mktemp("weights"), {}
-    for backbone in ("mobilenet_v2", "resnet50"):
+    for backbone in ("mobilenet_v2", "resnet50", "efficientnet_b0"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = build_network(backbone)
@@ -94,7 +94,8 @@ def make(data: Data, weights: dict[str, Path], tmp_path: Path) -> Make:
             "max_epochs": NUM_EPOCHS,
         }
         settings |= changes
-        settings.setdefault("weights_path", str(weights[settings["backbone"]]))
+        if settings["backbone"] in weights:  # a transformer has no BatchNorm: random ones will do
+            settings.setdefault("weights_path", str(weights[settings["backbone"]]))
         module = ImageClassifier(**settings)
         manifest, pack = data
         pack = Pack(pack.path, pack_digest, SIDE_PX, {})
@@ -172,6 +173,10 @@ def assert_equal_states(one: FeatureCache, other: FeatureCache) -> None:
         pytest.param("resnet50", 0, "32-true", marks=pytest.mark.slow),
         pytest.param("resnet50", 2, "32-true", marks=pytest.mark.slow),
         pytest.param("mobilenet_v2", 1, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", 1, "32-true", marks=pytest.mark.slow),
+        pytest.param("vit_b_16", 0, "32-true", marks=pytest.mark.slow),
+        pytest.param("vit_b_16", 1, "32-true", marks=pytest.mark.slow),
+        pytest.param("vit_b_16", 1, "bf16-mixed", marks=pytest.mark.slow),
     ],
 )
 def test_cached_training_equals_uncached_training_bit_for_bit(
@@ -191,9 +196,17 @@ def test_cached_training_equals_uncached_training_bit_for_bit(
     assert_equal_states(found, without)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 16, 21])
-def test_an_images_features_do_not_depend_on_the_batch(make: Make, batch_size: int) -> None:
-    module = make(unfreeze_depth=0).module
+@pytest.mark.parametrize(
+    ("backbone", "depth", "batch_size"),
+    [
+        *(("mobilenet_v2", 0, size) for size in (1, 5, 16, 21)),
+        pytest.param("vit_b_16", 2, 5, marks=pytest.mark.slow),
+    ],
+)
+def test_an_images_features_do_not_depend_on_the_batch(
+    make: Make, backbone: str, depth: int, batch_size: int
+) -> None:
+    module = make(backbone=backbone, unfreeze_depth=depth).module
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (21, 1, 32, 32), np.uint8))
     rows = torch.arange(21)
     whole = module.frozen_features(images, rows, epoch=3)
@@ -220,14 +233,24 @@ def test_features_of_a_shallower_cut_are_channels_last(make: Make) -> None:
     assert features.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
+def test_features_of_a_transformer_are_tokens(make: Make) -> None:
+    features = make(backbone="vit_b_16", unfreeze_depth=1).features("val", 0)
+    assert features is not None
+    assert features.shape == (19, 1 + 2 * 2, 768)
+
+
 # When it starts, and from where
 
 
+@pytest.mark.parametrize(
+    "backbone", ["mobilenet_v2", pytest.param("vit_b_16", marks=pytest.mark.slow)]
+)
 def test_a_deeper_cut_starts_from_the_deepest_one_at_hand(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch, backbone: str
 ) -> None:
     for depth in (4, 2):
-        assert make(unfreeze_depth=depth).features("train", 0) is not None
+        assert make(backbone=backbone, unfreeze_depth=depth).features("train", 0) is not None
     started_from = []
     original = ImageClassifier.pass_frozen
 
@@ -236,7 +259,7 @@ def test_a_deeper_cut_starts_from_the_deepest_one_at_hand(
         return original(self, activations, first_stage)
 
     monkeypatch.setattr(ImageClassifier, "pass_frozen", spy)
-    continued = make(unfreeze_depth=1)
+    continued = make(backbone=backbone, unfreeze_depth=1)
     features = continued.features("train", 0)
     assert set(started_from) == {3}
     images = continued.data.images[continued.data.rows["train"]].unsqueeze(1)

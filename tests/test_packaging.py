@@ -153,9 +153,9 @@ def test_yaml_files_are_read_with_our_strict_loader_only() -> None:
         for name, call in calls_of(path)
         if name.startswith("yaml.") and "load" in name
     }
-    strict = ("config.py", "yaml.load", "_StrictLoader")
+    strict = ("strict_yaml.py", "yaml.load", "_StrictLoader")
     # A value of `--set` is not a file; it is typed by the user.
-    assert readers - {("cli.py", "yaml.safe_load", None)} == {strict}
+    assert readers - {("commands.py", "yaml.safe_load", None)} == {strict}
 
 
 def test_no_text_is_run_as_code() -> None:

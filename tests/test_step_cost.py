@@ -79,12 +79,21 @@ def test_without_bf16_in_hardware_nothing_is_measured(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_step_is_measured_on_this_machine(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "precision"),
+    [
+        ("mobilenet_v2", "32-true"),
+        ("mobilenet_v2", "bf16-mixed"),
+        ("vit_b_16", "32-true"),
+        ("vit_b_16", "bf16-mixed"),
+        ("vgg16", "32-true"),
+    ],
+)
+def test_a_step_is_measured_on_this_machine(backbone: str, precision: str) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     cost = measure_step(
-        "mobilenet_v2",
+        backbone,
         unfreeze_depth=5,
         batch_size=4,
         image_size_px=32,

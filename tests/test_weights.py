@@ -1,9 +1,10 @@
-"""Initial weights: found in order, checked key by key, known by digest, never unpickled."""
+"""Initial weights: found in order, known by digest, licensed, and the same in every trial."""
 
+import dataclasses
 import hashlib
 import http.client
-import os
-import pickle
+import json
+import re
 import urllib.error
 from collections.abc import Callable
 from functools import cache
@@ -20,22 +21,14 @@ from torch import Tensor, nn
 from lightning_modules.backbones import build_network
 from lightning_modules.errors import InputError
 from lightning_modules.stages import BACKBONES
-from lightning_modules.weights import (
-    WeightOrigin,
-    digest_of,
-    find_weights,
-    from_torchvision,
-    load_weights,
-    read_state_dict,
-    to_torchvision,
-)
+from lightning_modules.state_dicts import digest_of, read_state_dict
+from lightning_modules.weight_files import IMAGENET_WEIGHTS
+from lightning_modules.weights import WeightOrigin, find_weights, load_weights
 
 State = dict[str, Tensor]
 NAME = "mobilenet_v2"
-# torchvision's first and last names, and one of the third stage.
-STEM, LAST, MIDDLE = "features.0.0.weight", "features.18.1.bias", "features.5.conv.0.0.weight"
-
-OBJECTS = "weights {} must hold tensors only (no pickled objects); save `model.state_dict()`"
+# torchvision's first and last names.
+STEM, LAST = "features.0.0.weight", "features.18.1.bias"
 
 
 @cache
@@ -66,192 +59,19 @@ def message_of(function: Callable[[], object]) -> str:
     return str(error.value)
 
 
-def loading(path: Path, backbone: str = NAME) -> str:
-    return message_of(lambda: load_weights(backbone, path, seed=0))
-
-
-# Files that are state dicts
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
-def test_a_file_loads_bit_for_bit(tmp_path: Path, suffix: str) -> None:
-    state = make_state()
-    backbone = load_weights(NAME, save(tmp_path / f"w{suffix}", state), seed=0)
-    assert torch.equal(backbone.stages[0][0][0].weight, state[STEM])
-    assert torch.equal(backbone.stages[4][4][1].bias, state[LAST])
-    assert torch.equal(backbone.stages[2][1].conv[0][0].weight, state[MIDDLE])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_and_a_head_load_strictly_into_torchvisions_network(
-    tmp_path: Path, name: str
-) -> None:
-    state = make_state(name)
-    backbone = load_weights(name, save(tmp_path / "w.pth", state), seed=0)
-    head = nn.Linear(backbone.num_features, 1000)
-    written = to_torchvision(backbone, head)
-    with torch.device("meta"):
-        network = build_network(name)
-    network.load_state_dict(written, strict=True, assign=True)
-    for key, tensor in network.state_dict().items():
-        if not key.startswith(("fc.", "classifier.1.")):
-            assert torch.equal(tensor, state[key]), key
-    assert torch.equal(written["fc.bias" if name == "resnet50" else "classifier.1.bias"], head.bias)
-    back = from_torchvision(backbone, written)
-    assert back.keys() == backbone.state_dict().keys()
-    assert all(torch.equal(back[key], backbone.state_dict()[key]) for key in back)
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        {"classifier__1__weight": torch.ones(5, 1280), "classifier__1__bias": torch.ones(5)},
-        {"classifier__1__weight": None, "classifier__1__bias": None},
-    ],
-    ids=["of another size", "absent"],
-)
-def test_the_head_of_a_file_does_not_matter(tmp_path: Path, head: dict[str, Tensor | None]) -> None:
-    with_head = load_weights(NAME, save(tmp_path / "a.pth", make_state()), seed=0)
-    without = load_weights(NAME, save(tmp_path / "b.pth", make_state(**head)), seed=0)
-    assert digest_of(without) == digest_of(with_head)
-
-
-def test_a_half_precision_file_is_cast(tmp_path: Path) -> None:
-    half = {
-        key: tensor.half() if tensor.is_floating_point() else tensor
-        for key, tensor in make_state().items()
-    }
-    backbone = load_weights(NAME, save(tmp_path / "w.pth", half), seed=0)
-    assert {p.dtype for p in backbone.parameters()} == {torch.float32}
-    assert torch.equal(backbone.stages[0][0][0].weight, make_state()[STEM].half().float())
-    assert backbone.stages[0][0][1].num_batches_tracked.dtype == torch.int64
-
-
-def test_loading_a_file_draws_no_random_numbers(tmp_path: Path) -> None:
-    path = save(tmp_path / "w.pth", make_state())
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    load_weights(NAME, path, seed=5)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-# Files that are not
-
-
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"extra__weight": torch.ones(1)}, "1 keys foreign (first: extra.weight)"),
-        (
-            {"features__0__0__weight": None, "features__18__1__bias": None},
-            "2 keys missing (first: features.0.0.weight)",
-        ),
-        (
-            {"features__18__1__bias": torch.ones(7)},
-            "1 keys of another shape (first: features.18.1.bias)",
-        ),
-        (
-            {"features__18__1__bias": None, "features__18__1__bia": torch.ones(1280)},
-            "1 keys missing (first: features.18.1.bias), 1 keys foreign (first: features.18.1.bia)",
-        ),
-    ],
-)
-def test_a_state_dict_that_does_not_fit_says_where(
-    tmp_path: Path, changes: dict[str, Tensor | None], found: str
-) -> None:
-    path = save(tmp_path / "w.pth", make_state(**changes))
-    assert loading(path) == (
-        f"weights {path} must be a state dict of torchvision's mobilenet_v2: {found}"
-    )
-
-
-def test_a_state_dict_of_the_other_network_says_so(tmp_path: Path) -> None:
-    path = save(tmp_path / "w.pth", make_state())
-    # ResNet-50 has 318 tensors without its head, MobileNetV2 314 with its own.
-    assert loading(path, "resnet50") == (
-        f"weights {path} must be a state dict of torchvision's resnet50: "
-        "318 keys missing (first: bn1.bias), 314 keys foreign (first: classifier.1.bias)"
-    )
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [torch.ones(1)],
-        torch.ones(1),
-        {"state_dict": {"a": torch.ones(1)}},
-        {"lr": 0.1},
-        {1: torch.ones(1)},
-    ],
-    ids=["list", "tensor", "nested", "numbers", "numbered"],
-)
-def test_what_is_not_a_mapping_of_tensors_says_how_to_make_one(
-    tmp_path: Path, content: object
-) -> None:
-    path = save(tmp_path / "w.pth", content)
-    assert loading(path) == (
-        f"weights {path} must be a state dict (a flat mapping of names to tensors); save "
-        "`model.state_dict()`"
-    )
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_torn_file_gives_one_line(tmp_path: Path, suffix: str, share: float) -> None:
-    path = save(tmp_path / f"w{suffix}", {"a": torch.ones(10_000)})
-    os.truncate(path, int(share * path.stat().st_size))
-    message = message_of(lambda: read_state_dict(path))
-    assert message.startswith(f"weights {path} ")
-
-
-def test_text_gives_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    path.write_text("<!DOCTYPE html>\n<p>404\n")
-    assert message_of(lambda: read_state_dict(path)) == OBJECTS.format(path)
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("form", ["torch", "old torch", "bare pickle"])
-def test_an_object_in_a_file_is_refused_and_not_run(tmp_path: Path, form: str) -> None:
-    path, trace = tmp_path / "w.pth", tmp_path / "trace"
-    content = {"a": torch.ones(1), "b": Payload(trace)}
-    if form == "bare pickle":
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
-    message = message_of(lambda: read_state_dict(path))
-    assert message == OBJECTS.format(path)
-    assert not trace.exists()
-    # The file is what it is meant to be: whoever unpickles it makes the folder.
-    if form == "bare pickle":
-        pickle.loads(path.read_bytes())
-    else:
-        torch.load(path, weights_only=False)
-    assert trace.is_dir()
-
-
-def test_a_missing_file_gives_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    assert loading(path) == f"weights must be a file; nothing at {path}"
-
-
 # Where they come from
 
 
 def test_one_path_is_used_and_recorded(tmp_path: Path) -> None:
     path = save(tmp_path / "w.pth", make_state())
     assert find_weights("w.pth", backbone=NAME, seed=3, base=tmp_path) == WeightOrigin(
-        origin="w.pth", path=str(path), digest=digest_of(load_weights(NAME, path, seed=0)), seed=3
+        origin="w.pth",
+        path=str(path),
+        digest=digest_of(load_weights(NAME, path, seed=0)),
+        seed=3,
+        num_matched=312,
+        num_ignored=2,
+        ignored=("classifier.1.bias", "classifier.1.weight"),
     )
 
 
@@ -340,6 +160,76 @@ def test_the_digest_is_the_written_out_one_and_does_not_see_the_memory_layout() 
         + (7).to_bytes(8, "little")
     )
     assert digest_of(module) == expected.hexdigest()
+
+
+# What they are said to be
+
+
+@pytest.mark.parametrize(
+    ("files", "provenance", "licence"),
+    [
+        ({}, None, None),
+        ({".license": "\nSome Licence, version 2\nYou may\n"}, None, "Some Licence, version 2"),
+        (
+            {".license": "Copyright 2022\nSPDX-License-Identifier: CC-BY-NC-4.0\n"},
+            None,
+            "CC-BY-NC-4.0",
+        ),
+        ({".yaml": "origin: RadImageNet\nlicence: MIT"}, "RadImageNet", "MIT"),
+        ({".yaml": "license: MIT\nepochs: 3"}, None, "MIT"),
+        ({".license": "GPL", ".yaml": "origin: >\n  two\n  lines"}, "two lines", "GPL"),
+        ({".license": "GPL", ".yaml": "licence: MIT"}, None, "MIT"),
+        ({".yaml": 'origin: "a\\e[31mb\\u202Ec"\nlicence: 3'}, "a[31mbc", None),
+        ({".license": "x" * 600}, None, "x" * 500),
+        ({".license": "", ".yaml": "{}"}, None, None),
+    ],
+)
+def test_origin_and_licence_come_from_files_beside_the_weights(
+    tmp_path: Path, files: dict[str, str], provenance: str | None, licence: str | None
+) -> None:
+    path = save(tmp_path / "w.pth", make_state())
+    for suffix, text in files.items():
+        (tmp_path / f"w.pth{suffix}").write_text(text)
+    found = find_weights(str(path), backbone=NAME, seed=0)
+    assert (found.provenance, found.licence) == (provenance, licence)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("w.pth.yaml", b"a: [", "must be YAML; "),
+        ("w.pth.yaml", b"- MIT", "must be a mapping with origin, licence, or both; got a list"),
+        ("w.pth.yaml", b"!!python/object/apply:os.mkdir [x]", "must be YAML; "),
+        ("w.pth.yaml", b"[" * 9999, "must be YAML; "),
+        ("w.pth.license", b"\xff\xfe", "must be text in UTF-8; "),
+        ("w.pth.license", b" " * 65537, "must be below 64 KiB; is it about these weights?"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_gives_one_line(
+    tmp_path: Path, name: str, content: bytes, rule: str
+) -> None:
+    path = save(tmp_path / "w.pth", make_state())
+    (tmp_path / name).write_bytes(content)
+    message = message_of(lambda: find_weights(str(path), backbone=NAME, seed=0))
+    assert message.startswith(f"{tmp_path / name} {rule}")
+
+
+def test_where_weights_came_from_survives_the_record_and_is_one_line(tmp_path: Path) -> None:
+    state = {f"module.{key}": tensor for key, tensor in make_state().items()}
+    state |= {f"head.{number:03}": torch.ones(1) for number in range(60)}
+    path = save(tmp_path / "w.pth", state)
+    (tmp_path / "w.pth.yaml").write_text("origin: LVM-Med\nlicence: CC-BY-NC-4.0")
+    found = find_weights(str(path), backbone=NAME, seed=0)
+    assert (found.num_ignored, len(found.ignored)) == (62, 50)  # the record takes no endless list
+    assert found.summary == (
+        "312 tensors matched under module.; 62 ignored (first: head.000); LVM-Med; "
+        "licence: CC-BY-NC-4.0"
+    )
+    fact = json.loads(json.dumps(dataclasses.asdict(found)))
+    assert WeightOrigin(**fact).summary == found.summary
+    old = {key: fact[key] for key in ("origin", "path", "digest", "seed", "passed_over")}
+    assert WeightOrigin(**old).summary == "0 tensors matched; licence: not stated"
+    assert find_weights("random", backbone=NAME, seed=0).summary == ""
 
 
 # torchvision's download
@@ -431,6 +321,8 @@ def test_a_download_is_used_and_then_found_without_a_network(
     first = find_weights("imagenet", backbone=NAME, seed=0)
     assert [path.name for path in hub.iterdir()] == [weights.url.rsplit("/", 1)[1]]
     assert first.origin == "imagenet"
+    assert first.licence is not None
+    assert first.licence.startswith("BSD-3-Clause (torchvision)")
     assert torch.equal(read_state_dict(Path(str(first.path)))[STEM], state[STEM])
 
     def refuse(*_: object, **__: object) -> None:
@@ -452,6 +344,13 @@ def test_a_download_of_the_wrong_hash_is_refused(
     assert list(hub.iterdir()) == []
 
 
+def test_each_backbone_has_a_download_of_its_own_that_names_its_hash() -> None:
+    urls = [torchvision.models.get_weight(IMAGENET_WEIGHTS[name]).url for name in BACKBONES]
+    names = [url.rsplit("/", 1)[1] for url in urls]
+    for name, file in zip(BACKBONES, names, strict=True):
+        assert re.fullmatch(rf"{name}\w*-[0-9a-f]{{8}}\.pth", file)
+
+
 def test_without_a_network_the_next_entry_is_used(hub: Path, no_network: list[str]) -> None:
     found = find_weights(["imagenet", "random"], backbone=NAME, seed=0)
     assert found.origin == "random"
@@ -462,7 +361,7 @@ def test_without_a_network_the_next_entry_is_used(hub: Path, no_network: list[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet50"])
 def test_real_weights_load(shared_data: Path, name: str) -> None:
     found = find_weights(str(shared_data / "weights"), backbone=name, seed=0)
     assert found.path is not None

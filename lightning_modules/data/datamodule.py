@@ -1,7 +1,7 @@
 """Batches out of a pack: gathered by row, never decoded, in an order that can be replayed."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_modules.data.manifest import Manifest
+from lightning_modules.data.manifest import Manifest, some_of
 from lightning_modules.data.pack import Pack
+from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 
 # Validation keeps no activations; this many images fill a device and fit in any.
@@ -30,12 +31,14 @@ class Batch(NamedTuple):
             not known.
         labels: Shape ``(B,)``, int64 class indices.
         rows: Shape ``(B,)``, int64 row numbers, which views are drawn from.
+        weights: Shape ``(B,)``, float32: of each image's loss; none weighs all alike.
     """
 
     images: Tensor | None
     features: Tensor | None
     labels: Tensor
     rows: Tensor
+    weights: Tensor | None = None
 
 
 # Returns the features of all rows of a split at an epoch, in the split's order, or none.
@@ -74,17 +77,21 @@ class Steps:
         # Gathered where they lie: what does not fit a GPU whole goes there batch by batch.
         values = self.data.images if features is None else features
         places = rows if features is None else self.data.place_in_split[rows]
-        for taken, labels, on_device in zip(
+        weights: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.split == "train" and self.data.loss_weights is not None:
+            weights = self.data.loss_weights[rows].to(device).split(sizes)
+        for taken, labels, on_device, weight in zip(
             places.to(values.device).split(sizes),
             self.data.labels[rows].to(device).split(sizes),
             rows.to(device).split(sizes),
+            weights,
             strict=True,
         ):
             batch = take_rows(values, taken).to(device, non_blocking=True)
             if features is None:
-                yield Batch(batch.unsqueeze(1), None, labels, on_device)
+                yield Batch(batch.unsqueeze(1), None, labels, on_device, weight)
             else:
-                yield Batch(None, batch, labels, on_device)
+                yield Batch(None, batch, labels, on_device, weight)
 
 
 class EpochSteps(Dataset[Steps]):
@@ -164,6 +171,8 @@ class PackDataModule(pl.LightningDataModule):
         seed: The trial's seed, for the order.
         balanced_sampling: Draw every class equally often, rare images several times an epoch. The
             same image then shows the same view within an epoch.
+        source_weights: By source: how much an image's training loss counts, see
+            ``source_loss_weights``; none weighs all alike. Validation is never weighted.
 
     Attributes:
         features_of: Asked for a split's features before each epoch; knows none unless replaced.
@@ -177,12 +186,16 @@ class PackDataModule(pl.LightningDataModule):
         batch_size: int,
         seed: int,
         balanced_sampling: bool = False,
+        source_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.pack = pack
         self.labels = torch.from_numpy(manifest.labels())
         self.rows = {name: torch.from_numpy(manifest.rows(name)) for name in ("train", "val")}
         self.features_of: FeaturesOf = lambda split, epoch: None
+        self.loss_weights = (
+            source_loss_weights(manifest, source_weights) if source_weights else None
+        )
         row_weights = None
         if balanced_sampling:
             train_labels = self.labels[self.rows["train"]]
@@ -255,3 +268,29 @@ def balanced_class_weights(manifest: Manifest) -> list[float]:
     labels = manifest.labels()[manifest.rows("train")]
     counts = np.bincount(labels, minlength=len(manifest.classes))
     return [float(weight) for weight in len(labels) / (len(counts) * counts)]
+
+
+def source_loss_weights(manifest: Manifest, source_weights: Mapping[str, float]) -> Tensor:
+    """Return the loss weight of every row by its source, mean 1 over the training rows.
+
+    Args:
+        manifest: Rows, sources, and splits.
+        source_weights: Positive, by source; a source that is not named weighs 1.
+
+    Returns:
+        Shape ``(N,)``, float32.
+
+    Raises:
+        InputError: If a source is named that no image has.
+    """
+    sources = manifest.frame["source"]
+    known = sorted(set(sources))
+    unknown = sorted(set(source_weights) - set(known))
+    if unknown:
+        raise InputError(
+            "data.source_weights must name sources of the images; got "
+            f"{some_of([repr(source) for source in unknown])}, and there are {some_of(known)}"
+        )
+    weights = sources.map(lambda source: source_weights.get(source, 1.0)).to_numpy(np.float64)
+    mean = weights[manifest.rows("train")].mean()
+    return torch.from_numpy((weights / mean).astype(np.float32))
