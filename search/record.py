@@ -135,25 +135,39 @@ class Record:
             drawn = {name: baseline[name] for name in self.sweep.space}
         else:
             drawn = self._sample(number)
-        params = dataclasses.replace(self.sweep.params, **drawn)
-        seed = derive_seed("trial", self.sweep.seed, number)
+        return self._add(
+            dataclasses.replace(self.sweep.params, **drawn),
+            seed=derive_seed("trial", self.sweep.seed, number),
+            view_seed=self.sweep.seed,
+            is_given=number == 0,
+        )
+
+    def add(self, params: TrialParams, *, seed: int, view_seed: int) -> Trial:
+        """Record a trial with params and seeds of the caller's as running."""
+        return self._add(params, seed=seed, view_seed=view_seed, is_given=True)
+
+    def _add(self, params: TrialParams, *, seed: int, view_seed: int, is_given: bool) -> Trial:
+        number = self.num_trials
+        values = dataclasses.asdict(params)
+        searched = {name: values[name] for name in self.sweep.space}
         # Optuna's mark of a trial that no sampler has drawn.
-        marks = {"fixed_params": drawn} if number == 0 else {}
+        marks = {"fixed_params": searched} if is_given else {}
         trial_id = self._tables.add_trial(
             number,
-            drawn,
+            searched,
             self._distributions,
-            user_attributes={"params": dataclasses.asdict(params), "seed": seed},
+            user_attributes={"params": values, "seed": seed, "view_seed": view_seed},
             system_attributes=marks,
         )
         known = known_trial(trial_id, number, self._distributions)
-        known.params.update(drawn)
+        known.params.update(searched)
         known.system_attrs.update(marks)
         self._known.append(known)
         return Trial(
             number=number,
             params=params,
             seed=seed,
+            view_seed=view_seed,
             state="running",
             epochs=(),
             attempt=0,
@@ -289,6 +303,7 @@ def _read_trial(number: int, state: TrialState, attributes: Mapping[str, Any]) -
         number=number,
         params=TrialParams(**attributes["params"]),
         seed=attributes["seed"],
+        view_seed=attributes["view_seed"],
         state=STATES[state],
         epochs=tuple(epochs),
         attempt=attributes.get("attempt", 0),

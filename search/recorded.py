@@ -57,6 +57,7 @@ class Trial:
         number: Its place in the sweep; the baseline is 0.
         params: All of them, searched or not.
         seed: Governs its head, dropout, and batch order.
+        view_seed: Governs the augmented images; the sweep's, so that trials see the same.
         state: ``running`` also if it was interrupted and waits to be resumed.
         epochs: In order, without gaps.
         attempt: How often it was started before.
@@ -66,6 +67,7 @@ class Trial:
     number: int
     params: TrialParams
     seed: int
+    view_seed: int
     state: State
     epochs: tuple[Epoch, ...]
     attempt: int

@@ -48,11 +48,14 @@ def open_sweep(name: str, storage: Path) -> Sweep:
 
 
 def best_trial(record: Record) -> Trial:
-    """Return the best trial that finished.
+    """Return the confirmed winner; where nothing was confirmed, the best trial that finished.
 
     Raises:
         InputError: If none has.
     """
+    confirmation = record.facts.get("confirmation")
+    if confirmation is not None:
+        return record.trial(confirmation["winner"])
     finished = [t for t in record.trials() if t.state in ("complete", "pruned")]
     ranked = [t for t in rank(finished, record.sweep) if score(t, record.sweep) > -math.inf]
     if not ranked:

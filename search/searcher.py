@@ -63,6 +63,7 @@ class StudySearcher(Searcher):
             "name": trial.name,
             "params": dataclasses.asdict(trial.params),
             "seed": trial.seed,
+            "view_seed": trial.view_seed,
             "attempt": trial.attempt,
             "resume": self._resume_point(trial),
         }

@@ -85,3 +85,26 @@ def make_data(tmp_path_factory: pytest.TempPathFactory) -> MakeData:
 def tiny_data(make_data: MakeData) -> tuple[Manifest, Pack]:
     """Three classes; 8 images to train on, 5 to validate, 3 locked."""
     return make_data()
+
+
+TINY_SWEEP = """
+name: tiny
+data: {phantom: {num_patients: 25, slices_per_patient: 2, image_size_px: 32}, image_size_px: 32}
+weights: random
+params: {backbone: mobilenet_v2, unfreeze_depth: 0}
+space: {lr: {low: 1.0e-4, high: 1.0e-1, log: true}}
+training: {max_epochs: 3, precision: 32-true}
+search: {num_trials: 4, max_concurrent_trials: 2}
+scheduler: {grace_period_epochs: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The storage of a sweep named tiny that has run: four trials on simulated slices."""
+    from search.cli import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "sweep.yaml").write_text(TINY_SWEEP)
+    main(["launch", str(folder / "sweep.yaml"), "--storage", str(folder / "sweeps")])
+    return folder / "sweeps"

@@ -1,0 +1,239 @@
+"""The best trials again with fresh seeds: is the winner better, or was it lucky?
+
+A confirmation is a small sweep of its own, in a folder of the sweep's: its trials are given instead
+of drawn, none is stopped early, and everything that is cached is used again. It can be interrupted,
+and widened by asking for more candidates or seeds.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lightning_modules.data.manifest import Manifest
+from lightning_modules.data.pack import Pack
+from lightning_modules.errors import InputError
+from lightning_modules.files import write_atomically
+from lightning_modules.seeds import derive_seed
+from search import tuner
+from search.comparison import interval, paired_difference, probability_best
+from search.config import dump_sweep
+from search.folder import lock
+from search.record import Record
+from search.recorded import Trial
+from search.results import rank, score
+from search.sweep import Sweep, TrialParams
+
+
+def confirm_sweep(
+    record: Record,
+    manifest: Manifest,
+    pack: Pack,
+    *,
+    top: int,
+    seeds: int,
+    address: str | None,
+    tell: tuner.Tell,
+) -> dict[str, Any]:
+    """Train the best trials and the baseline anew, each with the same fresh seeds.
+
+    A seed sets head, batch order, dropout, and augmented images. Every trial runs all its epochs.
+    What comes of it is recorded in the sweep, as its confirmation.
+
+    Args:
+        record: The sweep's; held by the caller.
+        manifest: Its images, split.
+        pack: Its images, decoded.
+        top: How many of the best trials, the baseline not counted.
+        seeds: How many times each.
+        address: A running Ray cluster's; none starts one on this machine.
+        tell: Given a line for the user now and then.
+
+    Returns:
+        The confirmation, as ``record.facts["confirmation"]`` holds it from now on.
+
+    Raises:
+        InputError: If no trial has finished, or training was interrupted.
+    """
+    candidates = _candidates(record, top)
+    wanted = {
+        (trial.number, index): (trial.params, *seeds_of(record.sweep, index))
+        for trial in candidates
+        for index in range(seeds)
+    }
+    confirming = _confirming(record.sweep, len(wanted))
+    with lock(confirming):
+        runs = _open(confirming, record.facts)
+        there = {(run.params, run.seed) for run in runs.trials()}
+        for params, seed, view_seed in wanted.values():
+            if (params, seed) not in there:
+                runs.add(params, seed=seed, view_seed=view_seed)
+        confirming = _confirming(record.sweep, runs.num_trials)
+        write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
+        runs = tuner.resume_sweep(confirming, manifest, pack, address=address, tell=tell)
+    values = _values(runs.trials(), confirming)
+    missing = [run for run in wanted.values() if run[:2] not in values]
+    if missing:
+        raise InputError(
+            f"a confirmation needs every run; {len(missing)} of {len(wanted)} have no result: give "
+            f"the same command again to go on, or look with `neurosweep top {confirming.reference}`"
+        )
+    found = np.array(
+        [
+            [values[wanted[trial.number, index][:2]] for index in range(seeds)]
+            for trial in candidates
+        ]
+    )
+    confirmation = compare(candidates, found, record.sweep)
+    record.add_fact("confirmation", confirmation)
+    return confirmation
+
+
+def print_confirmation(console: Console, confirmation: Mapping[str, Any]) -> None:
+    """Say who won, and how sure that is."""
+    table = Table(
+        title=f"{confirmation['metric']} over {confirmation['num_seeds']} fresh seeds, with 95 % "
+        "intervals; trial 00000 is the baseline",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for header in ("trial", "mean", "above baseline", "above the best other", "best with"):
+        table.add_column(header)
+    for row in confirmation["candidates"]:
+        table.add_row(
+            f"{row['number']:05d}",
+            _shown(row, ""),
+            _shown(row, "over_baseline_") if row["number"] else "",
+            _shown(row, "over_rival_"),
+            f"{row['probability_best']:.0%}",
+        )
+    console.print(table)
+    first = confirmation["candidates"][0]
+    console.print(
+        f"confirmed: trial {first['number']:05d}, the best with a probability of "
+        f"{first['probability_best']:.0%}; `neurosweep export` takes it from now on",
+        soft_wrap=True,
+    )
+
+
+def _shown(row: Mapping[str, Any], prefix: str) -> str:
+    mean, low, high = (row.get(f"{prefix}{name}") for name in ("mean", "low", "high"))
+    if mean is None:
+        return ""
+    sign = "+" if prefix else ""
+    return f"{mean:{sign}.4f}" + ("" if low is None else f" [{low:{sign}.4f}, {high:{sign}.4f}]")
+
+
+def seeds_of(sweep: Sweep, index: int) -> tuple[int, int]:
+    """Return a confirmation's trial seed and view seed, which no trial of the sweep had."""
+    return derive_seed("confirm", sweep.seed, index), derive_seed(
+        "confirm views", sweep.seed, index
+    )
+
+
+def compare(candidates: list[Trial], values: Any, sweep: Sweep) -> dict[str, Any]:
+    """Return what the runs say of their candidates.
+
+    Args:
+        candidates: The baseline is trial 0.
+        values: Shape ``(K, N)``: the metric of each candidate (in order) with each seed.
+        sweep: Says which way the metric is better.
+
+    Returns:
+        Plain values: ``winner``, ``num_seeds``, ``metric``, and by candidate its mean with
+        interval, its difference from the runner-up (the winner, for all others) and from the
+        baseline, and the probability that it is the best.
+    """
+    sign = 1.0 if sweep.mode == "max" else -1.0
+    order = np.argsort(-sign * values.mean(axis=1), kind="stable")
+    probabilities = probability_best(sign * values)
+    winner = int(order[0])
+    rival_of = {row: winner for row in range(len(candidates))}
+    rival_of[winner] = int(order[1]) if len(order) > 1 else winner
+    baseline = next((row for row, trial in enumerate(candidates) if trial.number == 0), None)
+    rows = []
+    for row in map(int, order):
+        rows.append(
+            {
+                "number": candidates[row].number,
+                "values": [float(value) for value in values[row]],
+                **_plain("", interval(values[row])),
+                "probability_best": float(probabilities[row]),
+                "rival": candidates[rival_of[row]].number,
+                **_plain("over_rival_", paired_difference(values[row], values[rival_of[row]])),
+                **(
+                    _plain("over_baseline_", paired_difference(values[row], values[baseline]))
+                    if baseline is not None
+                    else {}
+                ),
+            }
+        )
+    return {
+        "winner": candidates[winner].number,
+        "metric": sweep.metric,
+        "num_seeds": int(values.shape[1]),
+        "candidates": rows,
+    }
+
+
+def _plain(prefix: str, found: Any) -> dict[str, float | None]:
+    return {
+        f"{prefix}{name}": value if math.isfinite(value) else None
+        for name, value in dataclasses.asdict(found).items()
+    }
+
+
+def _candidates(record: Record, top: int) -> list[Trial]:
+    """Return the best trials that finished, and the baseline, whatever became of it."""
+    trials = record.trials()
+    finished = [trial for trial in trials if trial.state in ("complete", "pruned")]
+    ranked = [t for t in rank(finished, record.sweep) if score(t, record.sweep) > -math.inf]
+    if not ranked:
+        raise InputError(
+            f"a trial of {record.sweep.name} must have finished to be confirmed; none has: "
+            f"`neurosweep resume {record.sweep.reference}`"
+        )
+    best = ranked[:top]
+    baseline = [trial for trial in trials if trial.number == 0 and trial not in best]
+    return [*best, *baseline]
+
+
+def _confirming(sweep: Sweep, num_trials: int) -> Sweep:
+    """Return the sweep that a confirmation is: nothing is drawn, and nothing stopped early."""
+    search = dataclasses.replace(
+        sweep.search, num_trials=num_trials, time_budget_s=None, keep_trials=1
+    )
+    return dataclasses.replace(
+        sweep,
+        name=f"{sweep.name[:56]}-confirm",
+        storage=str(sweep.folder),
+        search=search,
+        scheduler=None,
+    )
+
+
+def _open(confirming: Sweep, facts: dict[str, Any]) -> Record:
+    """Return the confirmation's record; a new one with the sweep's facts if there is none."""
+    with contextlib.suppress(InputError):
+        return Record.open(confirming)
+    confirming.folder.mkdir(exist_ok=True)
+    kept = {name: value for name, value in facts.items() if name != "confirmation"}
+    return Record.create(confirming, kept)
+
+
+def _values(runs: list[Trial], sweep: Sweep) -> dict[tuple[TrialParams, int], float]:
+    values = {}
+    for run in runs:
+        best = run.best_epoch(sweep.metric, sweep.mode)
+        value = None if best is None else best.metrics[sweep.metric]
+        # One that diverged counts with what it reached; one that is interrupted does not count yet.
+        if run.state in ("complete", "failed") and value is not None:
+            values[run.params, run.seed] = value
+    return values
