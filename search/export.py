@@ -4,121 +4,144 @@ import dataclasses
 import json
 import shutil
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
-import torch
-from torch import Tensor, nn
 
-from lightning_modules.bundle import CONFIG_FILE, FORMAT, Bundle, load_bundle
+from lightning_modules.bundle import CONFIG_FILE, MODEL_FILES, Images, Logits, load_bundle
+from lightning_modules.calibration import fit_temperature, softmax
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
-from lightning_modules.files import sha256_of
-from lightning_modules.weights import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    WeightOrigin,
-    to_torchvision,
+from lightning_modules.files import sha256_of, write_atomically
+from lightning_modules.latency import measure_latency_ms
+from lightning_modules.network_files import (
+    Members,
+    module_logits,
+    pt2_logits,
+    safetensors_logits,
+    write_network,
 )
+from lightning_modules.weights import WeightOrigin
+from search.bundle_config import Chosen, describe_trial
 from search.checkpoint import AtomicCheckpointIO
 from search.checkpoint_files import is_whole
 from search.data import check_same_data, prepare_data
+from search.model_card import write_card
 from search.record import Record
-from search.recorded import Epoch, Trial
+from search.recorded import Trial
 from search.results import best_trial
 from search.trial import build_module
 
-# The largest difference of a logit between the module and its ONNX model.
+# The largest difference of a logit between the module and any of the files.
 TOLERANCE = 1e-3
 
-MAX_PARITY_IMAGES = 256
+# A file that is wrong is wrong on every image; each is computed four times.
+MAX_PARITY_IMAGES = 64
+
+# One number is fitted on them: more would only take longer.
+MAX_CALIBRATION_IMAGES = 2048
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the exported model is from the trained one.
+    """How far the exported files are from the trained module.
 
     Attributes:
         num_images: Validation images compared on.
-        largest_difference: Of any logit of any of them.
+        differences: The largest of any logit of any of them, by file.
     """
 
     num_images: int
-    largest_difference: float
+    differences: dict[str, float]
 
-
-class Network(nn.Module):
-    """What is exported: from grey intensities to logits, normalisation included.
-
-    Args:
-        module: The trained classifier.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, module: ImageClassifier) -> None:
-        super().__init__()
-        self.backbone = module.backbone
-        self.head = module.head
-        self.register_buffer("mean", module.mean)
-        self.register_buffer("std", module.std)
-
-    def forward(self, intensities: Tensor) -> Tensor:
-        """Return logits ``(B, C)`` of ``(B, 1, H, W)`` grey intensities in [0, 1]."""
-        logits: Tensor = self.head(self.backbone((intensities - self.mean) / self.std))
-        return logits
+    @property
+    def largest_difference(self) -> float:
+        """The largest of all files; NaN if any is."""
+        return float(np.max(list(self.differences.values())))
 
 
 def export_trial(record: Record, out: Path, *, trial_number: int | None) -> Parity:
-    """Write a trial's best epoch as a bundle, if its ONNX model proves equal to the module.
+    """Write a trial's best epoch as a bundle, if all of its files prove equal to the module.
 
     Args:
         record: The sweep's.
         out: A folder that does not exist yet; it appears whole or not at all.
-        trial_number: Which trial; the best that finished if none.
+        trial_number: Which trial; if none, the confirmed winner, or else the best that finished.
 
     Returns:
-        How well the two agree on validation images.
+        How well they agree on validation images.
 
     Raises:
         InputError: If there is no such checkpoint, or the models differ by more than ``TOLERANCE``.
     """
-    sweep = record.sweep
-    trial = best_trial(record) if trial_number is None else _trial(record, trial_number)
-    best = trial.best_epoch(sweep.metric, sweep.mode)
-    manifest, pack = prepare_data(sweep)
+    trial, chosen = _choose(record, trial_number)
+    manifest, pack = prepare_data(record.sweep)
     check_same_data(record.facts, manifest, pack)
     module = load_trial(record, trial, manifest)
+    config = describe_trial(record, trial, manifest, pack, chosen=chosen)
+    return write_bundle([(1.0, module)], config, out, manifest=manifest, pack=pack)
+
+
+def write_bundle(
+    members: Members, config: dict[str, Any], out: Path, *, manifest: Manifest, pack: Pack
+) -> Parity:
+    """Write one or several classifiers as a bundle, calibrated and compared on validation images.
+
+    Args:
+        members: On the CPU, in eval mode; several are mixed.
+        config: What there is to know of it, such as `describe_trial` returns; digests,
+            temperature, and parity are added.
+        out: A folder that does not exist yet; it appears whole or not at all.
+        manifest: Its images, with the splits it was trained on.
+        pack: Its images, decoded.
+
+    Returns:
+        How well its files agree with the module.
+
+    Raises:
+        InputError: If they differ by more than ``TOLERANCE``.
+    """
+    rows = _spread(manifest.rows("val"), MAX_CALIBRATION_IMAGES)
+    images = np.asarray(pack.images()[rows])
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / "bundle"
         folder.mkdir()
-        state = to_torchvision(module.backbone, module.head)
-        safetensors.torch.save_file(
-            {name: tensor.contiguous() for name, tensor in state.items()},
-            folder / "model.safetensors",
-        )
-        _write_onnx(Network(module).eval(), sweep.data.image_size_px, folder / "model.onnx")
-        config = _describe(record, trial, best, manifest, pack)
-        config["digests"] = {
-            name: sha256_of(folder / name) for name in ("model.onnx", "model.safetensors")
+        compared = _spread(np.arange(len(rows)), MAX_PARITY_IMAGES)
+        ours = module_logits(members, images[compared])
+        write_network(members, pack.image_size_px, folder)
+        digests = {name: sha256_of(folder / name) for name in MODEL_FILES}
+        config = {**config, "temperature": 1.0, "digests": digests}
+        _write_json(config, folder / CONFIG_FILE)
+        logits = load_bundle(folder).logits(images)
+        found = {
+            "model.onnx": logits[compared],
+            **_torch_logits(folder, members, len(config["classes"]), images[compared]),
+        }
+        parity = compare(ours, found)
+        labels = manifest.labels()[rows]
+        config["temperature"] = fit_temperature(logits, labels)
+        config["calibration"] = {
+            "split": "val",
+            "num_images": len(rows),
+            "nll_before": _nll(logits, labels, 1.0),
+            "nll_after": _nll(logits, labels, config["temperature"]),
+        }
+        config["cost"] = {
+            "latency_ms": measure_latency_ms(folder / "model.onnx", pack.image_size_px),
+            "measured_on": "one image, one CPU thread, ONNX Runtime",
+            "size_mib": (folder / "model.onnx").stat().st_size / 2**20,
+        }
+        config["parity"] = {
+            **dataclasses.asdict(parity),
+            "largest_difference": parity.largest_difference,
         }
         _write_json(config, folder / CONFIG_FILE)
-        parity = compare(module, load_bundle(folder), manifest, pack)
-        if not parity.largest_difference <= TOLERANCE:
-            raise InputError(
-                f"an exported model must equal the trained one within {TOLERANCE}; logits differ "
-                f"by {parity.largest_difference:.2e}: nothing was written"
-            )
-        config["parity"] = dataclasses.asdict(parity)
-        _write_json(config, folder / CONFIG_FILE)
+        write_card(folder)
         # Temporary folders and safetensors' files are their owner's alone.
         folder.chmod(0o755)
         for path in folder.iterdir():
@@ -149,7 +172,12 @@ def load_trial(record: Record, trial: Trial, manifest: Manifest) -> ImageClassif
         )
     weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
     module = build_module(
-        trial.params, sweep=sweep, manifest=manifest, weights=weights, seed=trial.seed
+        trial.params,
+        sweep=sweep,
+        manifest=manifest,
+        weights=weights,
+        seed=trial.seed,
+        view_seed=trial.view_seed,
     )
     loaded = AtomicCheckpointIO().load_checkpoint(sweep.folder / checkpoint.path)
     module.on_load_checkpoint(loaded)
@@ -157,15 +185,53 @@ def load_trial(record: Record, trial: Trial, manifest: Manifest) -> ImageClassif
     return module.eval()
 
 
-def compare(module: ImageClassifier, bundle: Bundle, manifest: Manifest, pack: Pack) -> Parity:
-    """Compare the logits of the module and of its ONNX model on validation images."""
-    rows = manifest.rows("val")[:MAX_PARITY_IMAGES]
-    images = np.asarray(pack.images()[rows])
-    batches = torch.from_numpy(images).unsqueeze(1).split(32)
-    with torch.inference_mode():
-        ours = torch.cat([module(batch.to(torch.float32) / 255) for batch in batches]).numpy()
-    theirs = bundle.logits(images)
-    return Parity(num_images=len(rows), largest_difference=float(np.abs(ours - theirs).max()))
+def compare(ours: Logits, found: dict[str, Logits]) -> Parity:
+    """Compare the logits of the module with those of each file.
+
+    Args:
+        ours: Shape ``(B, C)``.
+        found: The same, by file.
+
+    Raises:
+        InputError: If any differs by more than ``TOLERANCE``, or is not a number.
+    """
+    differences = {name: float(np.abs(ours - theirs).max()) for name, theirs in found.items()}
+    for name, difference in differences.items():
+        if not difference <= TOLERANCE:
+            raise InputError(
+                f"an exported model must equal the trained one within {TOLERANCE}; logits of "
+                f"{name} differ by {difference:.2e}: nothing was written"
+            )
+    return Parity(num_images=len(ours), differences=differences)
+
+
+def _torch_logits(
+    folder: Path, members: Members, num_classes: int, images: Images
+) -> dict[str, Logits]:
+    path = folder / "model.safetensors"
+    backbones = [(weight, module.backbone.name) for weight, module in members]
+    return {
+        "model.pt2": pt2_logits(folder / "model.pt2", images),
+        "model.safetensors": safetensors_logits(path, backbones, num_classes, images),
+    }
+
+
+def _spread(rows: np.ndarray[Any, np.dtype[np.int64]], limit: int) -> Any:
+    """Return at most so many of the rows, evenly spaced: manifests are often ordered by class."""
+    if len(rows) <= limit:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
+
+
+def _nll(logits: Logits, labels: Any, temperature: float) -> float:
+    probabilities = softmax(logits, temperature)[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(probabilities, np.finfo(np.float64).tiny)).mean())
+
+
+def _choose(record: Record, number: int | None) -> tuple[Trial, Chosen]:
+    if number is not None:
+        return _trial(record, number), "by hand"
+    return best_trial(record), "confirmed" if record.facts.get("confirmation") else "best"
 
 
 def _trial(record: Record, number: int) -> Trial:
@@ -176,75 +242,6 @@ def _trial(record: Record, number: int) -> Trial:
     raise InputError(f"--trial must be a trial of the sweep, 0 to {len(trials) - 1}; got {number}")
 
 
-def _write_onnx(network: Network, image_size_px: int, path: Path) -> None:
-    example = torch.zeros(2, 1, image_size_px, image_size_px)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations; parity is checked
-        program = torch.onnx.export(
-            network,
-            (example,),
-            dynamo=True,
-            verbose=False,
-            input_names=["intensities"],
-            output_names=["logits"],
-            dynamic_shapes={"intensities": {0: torch.export.Dim("batch")}},
-        )
-        # By default the weights would go into a second file.
-        assert program is not None  # noqa: S101  it is with dynamo=True; narrows the type
-        program.save(path, external_data=False)
-
-
-def _describe(
-    record: Record, trial: Trial, best: Epoch | None, manifest: Manifest, pack: Pack
-) -> dict[str, Any]:
-    sweep, facts = record.sweep, record.facts
-    counts = {split: len(manifest.rows(split)) for split in ("train", "val", "test")}
-    return {
-        "format": FORMAT,
-        "use": "Research only. Not a medical device.",
-        "backbone": trial.params.backbone,
-        "classes": list(manifest.classes),
-        "input": {
-            "image_size_px": sweep.data.image_size_px,
-            "channels": "grey (ITU-R 601 luminance), float32 in [0, 1], shape (B, 1, H, W)",
-            "preparation": "padded with black to a square, resized bilinearly with antialiasing",
-            "normalisation": {
-                "mean": list(IMAGENET_MEAN),
-                "std": list(IMAGENET_STD),
-                "where": "inside model.onnx; to be done before torchvision's network, the grey "
-                "channel repeated, when model.safetensors is used",
-            },
-        },
-        "trial": {
-            "sweep": sweep.name,
-            "number": trial.number,
-            "seed": trial.seed,
-            "params": dataclasses.asdict(trial.params),
-            "epoch": None if best is None else best.epoch,
-            "epochs_run": len(trial.epochs),
-        },
-        "metric": {
-            "name": sweep.metric,
-            "value": None if best is None else best.metrics[sweep.metric],
-            "split": "val",
-            "all": {} if best is None else best.metrics,
-            "num_trials": len(record.trials()),
-        },
-        "weights": _weights_of(facts["weights"][trial.params.backbone]),
-        "data": {
-            "manifest_digest": manifest.digest,
-            "pack_digest": pack.digest,
-            "images": counts,
-            "skipped_images": len(facts["skipped_images"]),
-        },
-        "versions": facts["versions"],
-    }
-
-
-def _weights_of(fact: dict[str, Any]) -> dict[str, Any]:
-    """Return where the initial weights came from, without the folders of whoever ran the sweep."""
-    return {**fact, "origin": Path(fact["origin"]).name, "path": Path(fact["path"] or "").name}
-
-
 def _write_json(config: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
