@@ -572,12 +572,17 @@ def bundle(classes: tuple[str, ...] = ("bright", "dark")) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     folder = Path("bundle")
     folder.mkdir()
-    files = {"model.onnx": model.SerializeToString(), "model.safetensors": b"unused"}
+    files = {
+        "model.onnx": model.SerializeToString(),
+        "model.pt2": b"unused",
+        "model.safetensors": struct.pack("<Q", 2) + b"{}",
+    }
     for name, data in files.items():
         (folder / name).write_bytes(data)
     onnx.checker.check_model(model)
     config = {
-        "format": 1,
+        "format": 2,
+        "temperature": 1.0,
         "classes": list(classes),
         "input": {"image_size_px": 32},
         "digests": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -593,7 +598,7 @@ def test_predict_names_the_likeliest_class_of_each_image(
     out = printed(capsys, "predict", bundle(), light, black)
     rows = [line.split() for line in out.splitlines() if ".png" in line]
     # Logits are 2 and -2, or the reverse: 1 / (1 + exp(-4)) = 0.982.
-    assert rows == [["a/light.png", "bright", "0.982"], ["a/black.png", "dark", "0.982"]]
+    assert rows == [["light.png", "bright", "0.982"], ["black.png", "dark", "0.982"]]
 
 
 def test_a_folder_that_is_no_bundle_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -602,7 +607,7 @@ def test_a_folder_that_is_no_bundle_is_refused(capsys: pytest.CaptureFixture[str
     assert line.startswith("a bundle must hold config.json; none in a: give the folder that ")
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "model.safetensors"])
 @pytest.mark.parametrize("change", ["one byte", "gone", "a link"])
 def test_a_bundle_that_was_changed_is_refused(
     name: str, change: str, capsys: pytest.CaptureFixture[str]
@@ -644,8 +649,8 @@ def test_an_image_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> N
     Path("2.png").write_bytes(b"junk")
     folder = bundle()
     line = refused(capsys, "predict", folder, good, "2.png")
-    assert line == ("2.png must be a PNG, JPEG, or TIFF image; is not a PNG, JPEG or TIFF file")
+    assert line == "2.png is not a PNG, JPEG, TIFF, DICOM, or NIfTI file"
     line = refused(capsys, "predict", folder, good, "3.png")
-    assert line == "an image to classify must exist; nothing at 3.png"
+    assert line == "an image to classify must exist; there is no 3.png"
     Path("folder").mkdir()
-    assert "Is a directory" in refused(capsys, "predict", folder, "folder")
+    assert refused(capsys, "predict", folder, "folder") == "folder is not a plain file"

@@ -1,0 +1,329 @@
+"""What each command does; each imports what it needs itself: `top` should not wait for torch."""
+
+import argparse
+import collections
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from lightning_modules.errors import InputError
+
+
+def launch(options: argparse.Namespace) -> None:
+    """Run a new sweep."""
+    from search.config import load_sweep
+
+    overrides: dict[str, Any] = dict(_assignment(text) for text in options.set)
+    if options.name is not None:
+        overrides["name"] = options.name
+    if options.data is not None:
+        overrides["data.path"] = str(Path(options.data).expanduser().resolve())
+        overrides["data.phantom"] = None
+    if options.weights is not None:
+        overrides["weights"] = [
+            spec if spec in ("imagenet", "random") else str(Path(spec).expanduser().resolve())
+            for spec in options.weights
+        ]
+    if options.storage is not None:
+        overrides["storage"] = str(options.storage)
+    if options.skip_bad_images:
+        overrides["data.skip_bad_images"] = True
+    if options.group_duplicates or options.allow_leakage:
+        overrides["data.duplicates"] = "group" if options.group_duplicates else "allow"
+    sweep = load_sweep(options.sweep, overrides)
+    _check_export(options.export)
+
+    from search.folder import new_folder
+
+    with new_folder(sweep):
+        _run_to_end(sweep, options, is_new=True)
+
+
+def resume(options: argparse.Namespace) -> None:
+    """Go on with an interrupted sweep."""
+    from search.results import open_sweep
+
+    sweep = open_sweep(options.name, options.storage)
+    _check_export(options.export)
+
+    from search.folder import lock
+    from search.record import Record
+    from search.trial_table import print_trials
+
+    with lock(sweep):
+        record = Record.open(sweep)
+        if record.is_finished():
+            print_trials(_console(), record, num_rows=20)
+            _finish(_console(), record, options.export)
+        else:
+            _run_to_end(sweep, options, is_new=False)
+
+
+def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> None:
+    from search.data import prepare_data
+
+    console = _console()
+    start_s = time.monotonic()
+    with Bar(console=console, transient=True) as bar:
+        manifest, pack = prepare_data(sweep, _told_by(bar))
+    console.print(f"sweep   {sweep.name} in {sweep.folder}", soft_wrap=True)
+    console.print(f"watch   {_tensorboard(sweep)}", soft_wrap=True)
+
+    # After the images: their mistakes should not wait for torch to be imported.
+    from search import tuner
+    from search.trial_table import print_trials
+
+    run = tuner.launch_sweep if is_new else tuner.resume_sweep
+    record = run(sweep, manifest, pack, address=options.address, tell=console.print)
+    print_trials(console, record, num_rows=20)
+    _print_end(console, record, elapsed_s=time.monotonic() - start_s)
+    _finish(console, record, options.export)
+
+
+def _told_by(bar: Bar) -> Callable[[str, int, int], None]:
+    task = bar.add_task("", total=None, visible=False)
+
+    def tell(what: str, done: int, total: int) -> None:
+        bar.update(task, description=what, completed=done, total=total, visible=done < total)
+
+    return tell
+
+
+def audit(options: argparse.Namespace) -> None:
+    """Look for what is wrong with images."""
+    from search.audit import audit_folder, print_audit, write_audit
+
+    console = _console()
+    with Bar(console=console, transient=True) as bar:
+        manifest, audit = audit_folder(
+            options.images, group_pattern=options.group_pattern, progress=_told_by(bar)
+        )
+    print_audit(console, manifest, audit)
+    if options.out is not None:
+        write_audit(manifest, audit, options.out)
+        console.print(f"written to {options.out}", soft_wrap=True)
+    if options.group_duplicates is not None:
+        from search.audit import write_grouped
+
+        write_grouped(manifest, audit, options.group_duplicates)
+        console.print(
+            f"grouped manifest: {options.group_duplicates}; next\n"
+            f"  neurosweep launch SWEEP.yaml --data {shlex.quote(str(options.group_duplicates))}",
+            soft_wrap=True,
+        )
+    elif audit.leaks:
+        sys.exit(1)
+
+
+def _finish(console: Console, record: Any, bundle: Path | None) -> None:
+    """Say what to type next, and export if that was asked for."""
+    sweep = record.sweep
+    console.print("next", style="bold")
+    console.print(f"  neurosweep top {sweep.reference}", soft_wrap=True)
+    console.print(f"  {_tensorboard(sweep)}", soft_wrap=True)
+    if bundle is None:
+        console.print(f"  neurosweep export {sweep.reference} {sweep.name}-bundle", soft_wrap=True)
+    else:
+        _write_bundle(console, record, bundle, trial_number=None)
+
+
+def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
+    """Say what was run; exit if the sweep did not come to its end."""
+    sweep, trials = record.sweep, record.trials()
+    run_epochs = sum(len(trial.epochs) for trial in trials)
+    possible = sweep.search.num_trials * sweep.training.max_epochs
+    console.print(
+        f"{len(trials)} trials, {run_epochs} epochs run of {possible} possible, {elapsed_s:.0f} s"
+    )
+    outcomes = collections.Counter(epoch.features for trial in trials for epoch in trial.epochs)
+    told = ", ".join(f"{outcome} in {count} epochs" for outcome, count in outcomes.most_common())
+    console.print(f"frozen stages: {told}", soft_wrap=True)
+    cut_short = len(trials) < sweep.search.num_trials and sweep.search.time_budget_s is None
+    if cut_short or any(trial.state == "running" for trial in trials):
+        console.print(f"interrupted; go on with\n  neurosweep resume {sweep.reference}")
+        sys.exit(130)
+    if all(trial.state == "failed" for trial in trials):
+        print("neurosweep: every trial failed; the table says why", file=sys.stderr)
+        sys.exit(1)
+
+
+def top(options: argparse.Namespace) -> None:
+    """Rank a sweep's trials."""
+    from search.record import Record
+    from search.results import open_sweep
+    from search.trial_table import print_trials
+
+    record = Record.open(open_sweep(options.name, options.storage))
+    print_trials(_console(), record, num_rows=options.num)
+
+
+def confirm(options: argparse.Namespace) -> None:
+    """Train the best trials again with fresh seeds."""
+    from search.folder import lock
+    from search.record import Record
+    from search.results import open_sweep
+
+    sweep = open_sweep(options.name, options.storage)
+    console = _console()
+    with lock(sweep):
+        record = Record.open(sweep)
+        from search.data import prepare_data
+
+        with Bar(console=console, transient=True) as bar:
+            manifest, pack = prepare_data(sweep, _told_by(bar))
+        from search.confirm import confirm_sweep, print_confirmation
+
+        confirmation = confirm_sweep(
+            record,
+            manifest,
+            pack,
+            top=options.top,
+            seeds=options.seeds,
+            address=options.address,
+            tell=console.print,
+        )
+    print_confirmation(console, confirmation)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write the best checkpoint as a bundle."""
+    from search.record import Record
+    from search.results import open_sweep
+
+    _check_export(options.out)
+    record = Record.open(open_sweep(options.name, options.storage))
+    _write_bundle(_console(), record, options.out, trial_number=options.trial)
+
+
+def _write_bundle(console: Console, record: Any, out: Path, *, trial_number: int | None) -> None:
+    from search.export import export_trial
+
+    parity = export_trial(record, out, trial_number=trial_number)
+    _print_bundle(console, out, parity)
+
+
+def _print_bundle(console: Console, out: Path, parity: Any) -> None:
+    console.print(
+        f"bundle {out}: its files and the module agree on {parity.num_images} images, largest "
+        f"difference of a logit {parity.largest_difference:.2e}",
+        soft_wrap=True,
+    )
+    console.print(f"  neurosweep predict {shlex.quote(str(out))} IMAGE...", soft_wrap=True)
+
+
+def ensemble(options: argparse.Namespace) -> None:
+    """Write several trials as one bundle."""
+    from search.record import Record
+    from search.results import open_sweep
+
+    _check_export(options.out)
+    record = Record.open(open_sweep(options.name, options.storage))
+    from search.ensemble import ensemble_sweep
+
+    console = _console()
+    found = ensemble_sweep(record, options.out, top=options.top, method=options.method)
+    metric = record.sweep.metric
+    shares = ", ".join(f"{number:05d} {weight:.2f}" for number, weight in found.weights.items())
+    console.print(
+        f"{options.method}: {metric} {found.value:.4f} on validation images, where the best trial "
+        f"alone has {found.best_single:.4f}; trials and their shares: {shares}",
+        soft_wrap=True,
+    )
+    if found.parity is None:
+        print("neurosweep: no better than one trial; nothing was written", file=sys.stderr)
+        sys.exit(1)
+    _print_bundle(console, options.out, found.parity)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Score a bundle on its locked test images."""
+    from search.evaluate import evaluate_bundle
+    from search.evaluation_tables import print_evaluation
+    from search.model_card import write_card
+
+    console = _console()
+    with Bar(console=console, transient=True) as bar:
+        evaluation = evaluate_bundle(
+            options.bundle,
+            options.data,
+            external=options.external,
+            baseline=options.baseline,
+            out=options.out,
+            seed=options.seed,
+            num_resamples=options.resamples,
+            skip_bad_images=options.skip_bad_images,
+            progress=_told_by(bar),
+        )
+    for bundle in filter(None, (options.bundle, options.baseline)):
+        write_card(bundle)
+    print_evaluation(console, evaluation)
+    out = options.out or options.bundle / "evaluation"
+    console.print(f"written to {out}, {options.bundle / 'README.md'}", soft_wrap=True)
+
+
+def explain(options: argparse.Namespace) -> None:
+    """Show and test what a bundle looks at."""
+    from search.explain import explain_images, print_explanation
+    from search.model_card import write_card
+
+    console = _console()
+    out = options.out or options.bundle / "explanation"
+    with Bar(console=console, transient=True) as bar:
+        explanation = explain_images(
+            options.bundle,
+            options.images,
+            out,
+            num_phantoms=options.phantoms,
+            progress=_told_by(bar),
+        )
+    write_card(options.bundle)
+    print_explanation(console, explanation)
+    console.print(f"written to {out}", soft_wrap=True)
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Classify images with a bundle."""
+    from lightning_modules.bundle import load_bundle
+    from search.predict import predict_files, print_predictions
+
+    bundle = load_bundle(options.bundle)
+    predictions = predict_files(bundle, options.images, slice_number=options.slice)
+    print_predictions(_console(), bundle, predictions, options.format)
+
+
+def _console() -> Console:
+    """Return the terminal; a pipe or a file gets lines that are not wrapped."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _tensorboard(sweep: Any) -> str:
+    return f"tensorboard --logdir {shlex.quote(str(sweep.folder / 'tensorboard'))}"
+
+
+def _check_export(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"a bundle goes into a new folder; {out} exists: give another")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"a bundle goes into a new folder; {above} takes none: give another")
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set must be KEY=VALUE, such as search.num_trials=16; got {text!r}")
+    try:
+        return key, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"--set {key} must be a YAML value; got {value!r}") from error

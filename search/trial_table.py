@@ -1,0 +1,64 @@
+"""A sweep's trials as a table in the terminal."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from search.record import Record
+from search.recorded import Trial
+from search.results import rank
+
+
+def print_trials(console: Console, record: Record, *, num_rows: int) -> None:
+    """Print the best trials of a sweep, best first."""
+    sweep = record.sweep
+    searched = list(sweep.space)
+    trials = record.trials()
+    rows = []
+    for trial in rank(trials, sweep)[:num_rows]:
+        best = trial.best_epoch(sweep.metric, sweep.mode)
+        rows.append(
+            (
+                f"{trial.number:05d}",
+                _state(trial),
+                "" if best is None else f"{best.metrics[sweep.metric]:.4f}",
+                f"{'-' if best is None else best.epoch}/{len(trial.epochs)}",
+                *(_cell(getattr(trial.params, name)) for name in searched),
+            )
+        )
+    table = Table(
+        title=f"{sweep.name}: best {sweep.metric} first; trial 00000 is the baseline",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    headers = ("trial", "state", sweep.metric, "epoch best/run", *searched)
+    for index, header in enumerate(headers):
+        # Headers may wrap at their words, values may not: 80 columns hold the default space.
+        widest = max((min(len(row[index]), 40) for row in rows), default=0)
+        table.add_column(header.replace("_", " "), min_width=widest, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if len(trials) > num_rows:
+        console.print(f"and {len(trials) - num_rows} more")
+    confirmation = record.facts.get("confirmation")
+    if confirmation is not None:
+        winner = confirmation["candidates"][0]
+        console.print(
+            f"confirmed with {confirmation['num_seeds']} fresh seeds: {winner['number']:05d}, mean "
+            f"{winner['mean']:.4f}, the best with a probability of {winner['probability_best']:.0%}"
+        )
+
+
+def _state(trial: Trial) -> str:
+    if trial.state == "pruned":
+        return "out of time" if trial.reason == "time_budget" else "stopped"
+    return f"failed: {trial.reason}" if trial.state == "failed" else str(trial.state)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
