@@ -1,0 +1,542 @@
+"""Claims about maps, the network that they explain, and what the command writes."""
+
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.torch
+import torch
+from onnx import TensorProto, helper
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_modules.backbones import Backbone
+from lightning_modules.bundle import FORMAT, load_bundle
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data.phantom import PhantomSettings, write_phantoms
+from lightning_modules.errors import InputError
+from lightning_modules.explain import (
+    BundledNetwork,
+    enlarge,
+    grad_cam,
+    hide,
+    integrated_gradients,
+    load_network,
+    untrained_network,
+)
+from lightning_modules.state_dicts import to_torchvision
+from search.explain import explain_images, print_explanation
+from search.explanation_tests import point_at_phantoms, run_tests
+from search.gallery import choose_cases, draw_overlay
+
+SIZE_PX = 32
+CLASSES = ("benign_tumor", "malignant_tumor", "no_stroke", "no_tumor", "stroke")
+
+
+def to_backbone(stages: list[nn.Module], num_features: int) -> Backbone:
+    """A backbone of hand-made stages; the last one's output is averaged, or its class token is."""
+    backbone = Backbone.__new__(Backbone)
+    nn.Module.__init__(backbone)
+    backbone.name = "by_hand"
+    backbone.stages = nn.ModuleList(stages)
+    backbone.num_features = num_features
+    return backbone
+
+
+class Centred(nn.Module):
+    """The intensities again, which the network has normalised, as two channels: x and 1 - x."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = images[:, :1] * 0.229 + 0.485
+        return torch.cat([grey, 1 - grey], dim=1)
+
+
+def by_hand() -> BundledNetwork:
+    """Its logits are 3 mean(x) and mean(1 - x) - 2 mean(x), of 8 x 8 cells of 4 px."""
+    head = nn.Linear(2, 2)
+    head.weight.data = torch.tensor([[3.0, 0.0], [-2.0, 1.0]])
+    head.bias.data = torch.zeros(2)
+    return BundledNetwork(to_backbone([Centred(), nn.AvgPool2d(4)], 2), head)
+
+
+def images(*seeds: int) -> Tensor:
+    return torch.stack(
+        [torch.rand(1, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )
+
+
+# Grad-CAM
+
+
+def test_grad_cam_of_a_linear_head_is_the_class_activation_map() -> None:
+    given = images(0, 1)
+    cells = nn.functional.avg_pool2d(given, 4)[:, 0]
+    maps = grad_cam(by_hand(), given, torch.tensor([0, 1]))
+    # The gradient of a logit by a cell of channel k is w_k / 64.
+    assert torch.allclose(maps[0], 3 * cells[0] / 64, atol=1e-6)
+    against = (1 - cells[1]) - 2 * cells[1]
+    assert torch.allclose(maps[1], against / 64, atol=1e-6)
+    logits = by_hand()(given)
+    assert maps.sum(dim=(1, 2)).tolist() == pytest.approx(
+        [logits[0, 0].item(), logits[1, 1].item()]
+    )
+
+
+class ToTokens(nn.Module):
+    """A class token and 8 x 8 patches, of two channels."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        patches = maps.flatten(2).transpose(1, 2)
+        return torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)
+
+
+class Attend(nn.Module):
+    """As the last block of a transformer: the class token takes up the mean of the patches."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        patches = tokens[:, 1:]
+        return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
+
+
+def test_grad_cam_of_tokens_is_that_of_the_same_cells() -> None:
+    network = by_hand()
+    stages = [Centred(), nn.Sequential(nn.AvgPool2d(4), ToTokens()), Attend()]
+    of_tokens = BundledNetwork(to_backbone(stages, 2), network.head)
+    given, targets = images(0, 1), torch.tensor([0, 1])
+    assert torch.allclose(of_tokens(given), network(given), atol=1e-6)
+    expected = grad_cam(network, given, targets)
+    assert torch.allclose(grad_cam(of_tokens, given, targets), expected, atol=1e-6)
+    # Nothing is left in the network.
+    assert not any(stage._forward_pre_hooks for stage in of_tokens.backbone.stages)
+
+
+def test_a_last_stage_without_places_is_refused() -> None:
+    stages = [Centred(), nn.AvgPool2d(SIZE_PX), nn.Flatten(1)]
+    backbone = to_backbone(stages, 2)
+    backbone.forward = lambda given: backbone.run(given, first_stage=0)  # type: ignore[method-assign]
+    network = BundledNetwork(backbone, nn.Linear(2, 2))
+    with pytest.raises(
+        InputError, match=r"last stage with height and width.*use integrated_gradients"
+    ):
+        grad_cam(network, images(0), torch.tensor([0]))
+
+
+# Integrated Gradients
+
+
+class Corner(nn.Module):
+    """The logit of class 1 is the sum of the first 8 x 8 pixels times 10."""
+
+    def forward(self, intensities: Tensor) -> Tensor:
+        value = 10 * intensities[:, 0, :8, :8].sum(dim=(1, 2))
+        return torch.stack([torch.zeros_like(value), value], dim=1)
+
+
+def test_what_a_pixel_adds_to_a_linear_logit_is_its_weight_times_its_difference() -> None:
+    given = images(3)
+    maps = integrated_gradients(Corner(), given, torch.tensor([1]))
+    expected = torch.zeros(1, SIZE_PX, SIZE_PX)
+    expected[:, :8, :8] = 10 * (given - hide(given))[:, 0, :8, :8]
+    assert torch.allclose(maps, expected, atol=1e-5)
+    assert (integrated_gradients(Corner(), given, torch.tensor([0])) == 0).all()
+
+
+def test_a_dark_spot_counts_as_much_as_a_bright_one() -> None:
+    spot = torch.full((2, 1, SIZE_PX, SIZE_PX), 0.5)
+    spot[0, 0, 4, 4], spot[1, 0, 4, 4] = 0.0, 1.0
+    dark, bright = integrated_gradients(Corner(), spot, torch.tensor([1, 1]))
+    assert torch.allclose(dark, -bright, atol=1e-5)
+    assert dark.abs().argmax() == bright.argmax() == 4 * SIZE_PX + 4
+
+
+class Squared(nn.Module):
+    """Its one logit is the square of the sum of all pixels."""
+
+    def forward(self, intensities: Tensor) -> Tensor:
+        return intensities.sum(dim=(1, 2, 3))[:, None] ** 2
+
+
+def test_gradients_are_added_up_all_the_way() -> None:
+    given = images(3)
+    start, end = hide(given), given
+    # On the way the gradient of every pixel is twice the sum, whose mean is that of both ends.
+    expected = (end - start)[:, 0] * (start.sum() + end.sum())
+    maps = integrated_gradients(Squared(), given, torch.tensor([0]))
+    assert torch.allclose(maps, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_integrated_gradients_do_not_depend_on_the_batch(trained: BundledNetwork) -> None:
+    given = images(1, 2, 3)
+    together = integrated_gradients(trained, given, torch.tensor([1, 0, 1]))
+    alone = integrated_gradients(trained, given[1:2], torch.tensor([0]))
+    assert torch.allclose(together[1:2], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("size_px", [32, 50, 224])
+def test_what_is_hidden_keeps_its_brightness_and_loses_its_content(size_px: int) -> None:
+    stripes = (torch.arange(size_px) // max(2, size_px // 32) % 2).float().expand(size_px, size_px)
+    hidden = hide(stripes[None, None])
+    middle = hidden[0, 0, size_px // 4 : -size_px // 4, size_px // 4 : -size_px // 4]
+    assert middle.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert middle.std().item() < 0.02
+
+
+def test_enlarged_maps_keep_what_is_constant_and_where_it_is_high() -> None:
+    assert torch.allclose(enlarge(torch.full((1, 3, 3), 2.0), 10), torch.full((1, 10, 10), 2.0))
+    corner = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    assert enlarge(corner, 8)[0, 0, 0] == 1
+    assert enlarge(corner, 8)[0, 7, 7] == 0
+
+
+# What to show
+
+
+def test_cases_are_right_wrong_and_uncertain_and_no_image_is_shown_twice() -> None:
+    probabilities = np.array(
+        [
+            [0.9, 0.05, 0.05],  # 0: right
+            [0.8, 0.1, 0.1],  # 1: right, less sure
+            [0.1, 0.7, 0.2],  # 2: right, of another class
+            [0.05, 0.9, 0.05],  # 3: wrong, sure
+            [0.2, 0.2, 0.6],  # 4: wrong, less sure
+            [0.41, 0.4, 0.19],  # 5: right, and hardly so
+        ]
+    )
+    labels = np.array([0, 0, 1, 2, 0, 0])
+    found = choose_cases(probabilities, labels, num_each=2)
+    assert found == {"right": [0, 2], "wrong": [3, 4], "uncertain": [5, 1]}
+    everything = choose_cases(probabilities, labels, num_each=10)
+    assert everything == {"right": [0, 2, 1, 5], "wrong": [3, 4], "uncertain": []}
+
+
+def test_an_overlay_leaves_the_image_where_the_map_is_not_positive() -> None:
+    grey = np.full((2, 2), 100, np.uint8)
+    drawn = draw_overlay(grey, np.array([[-1.0, 0.0], [0.5, 1.0]]))
+    assert (drawn[0] == 100).all()
+    assert (drawn[1] != 100).any()
+    assert (draw_overlay(grey, np.zeros((2, 2))) == 100).all()
+
+
+# The bundle's network
+
+
+def head_of(backbone: Backbone, num_classes: int) -> nn.Linear:
+    head = nn.Linear(backbone.num_features, num_classes)
+    nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(5))
+    return head
+
+
+def constant_onnx(num_classes: int, size_px: int) -> bytes:
+    """A model of the right shapes that always answers the first class."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["intensities"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["mean"]),
+        helper.make_node("Gemm", ["mean", "weight", "bias"], ["logits"]),
+    ]
+    shape, bias = ["batch", 1, size_px, size_px], [1.0] + [0.0] * (num_classes - 1)
+    graph = helper.make_graph(
+        nodes,
+        "bundle",
+        [helper.make_tensor_value_info("intensities", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", num_classes])],
+        [
+            helper.make_tensor("weight", TensorProto.FLOAT, [1, num_classes], [0.0] * num_classes),
+            helper.make_tensor("bias", TensorProto.FLOAT, [num_classes], bias),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def write_bundle(
+    folder: Path, state: dict[str, Tensor], model: bytes, classes: tuple[str, ...], **changes: Any
+) -> Path:
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(model)
+    (folder / "model.pt2").write_bytes(b"unused")
+    safetensors.torch.save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
+    )
+    files = ("model.onnx", "model.pt2", "model.safetensors")
+    config = {
+        "format": FORMAT,
+        "backbone": "mobilenet_v2",
+        "classes": list(classes),
+        "temperature": 1.0,
+        "input": {"image_size_px": SIZE_PX},
+        "digests": {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files
+        },
+    }
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained() -> BundledNetwork:
+    torch.manual_seed(1)
+    backbone = Backbone("mobilenet_v2", image_size_px=SIZE_PX)
+    return BundledNetwork(backbone, head_of(backbone, len(CLASSES)))
+
+
+@pytest.fixture
+def bundle(trained: BundledNetwork, tmp_path: Path) -> Path:
+    state = to_torchvision(trained.backbone, trained.head)
+    return write_bundle(tmp_path / "bundle", state, constant_onnx(len(CLASSES), SIZE_PX), CLASSES)
+
+
+def test_the_network_of_a_bundle_is_the_one_that_was_saved(
+    bundle: Path, trained: BundledNetwork
+) -> None:
+    network = load_network(bundle)
+    assert not network.training
+    with torch.inference_mode():
+        assert torch.equal(network(images(0, 1)), trained(images(0, 1)))
+
+
+def test_changed_weights_are_refused(bundle: Path) -> None:
+    path = bundle / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="must be the ones that were exported"):
+        load_network(bundle)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["mobilenet_v2"], "resnet18", "../resnet50"])
+def test_a_backbone_that_is_none_is_refused(
+    trained: BundledNetwork, tmp_path: Path, name: object
+) -> None:
+    state = to_torchvision(trained.backbone, trained.head)
+    model = constant_onnx(len(CLASSES), SIZE_PX)
+    folder = write_bundle(tmp_path / "bundle", state, model, CLASSES, backbone=name)
+    with pytest.raises(InputError, match="must name a backbone, one of mobilenet_v2"):
+        load_network(folder)
+
+
+def test_a_head_of_other_classes_is_refused(trained: BundledNetwork, tmp_path: Path) -> None:
+    state = to_torchvision(trained.backbone, head_of(trained.backbone, 4))
+    model = constant_onnx(len(CLASSES), SIZE_PX)
+    folder = write_bundle(tmp_path / "bundle", state, model, CLASSES)
+    with pytest.raises(InputError, match="must hold a linear head for 5 classes"):
+        load_network(folder)
+
+
+def test_an_untrained_network_depends_on_its_seed_alone(trained: BundledNetwork) -> None:
+    before = torch.get_rng_state()
+    first = untrained_network(trained, images(0), seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    again, other = (untrained_network(trained, images(0), seed=seed) for seed in (4, 5))
+    with torch.inference_mode():
+        assert torch.equal(first(images(0)), again(images(0)))
+        assert not torch.equal(first(images(0)), other(images(0)))
+        assert not torch.equal(first(images(0)), trained(images(0)))
+
+
+def test_an_untrained_network_tells_images_apart(trained: BundledNetwork) -> None:
+    given = images(0, 1, 2)
+    network = untrained_network(trained, given, seed=0)
+    assert not any(module.training for module in network.modules())
+    with torch.inference_mode():
+        assert network(given).std(dim=0).min() > 0.01
+    maps = integrated_gradients(network, given, torch.tensor([0, 1, 2]))
+    assert maps.abs().amax(dim=(1, 2)).min() > 1e-5
+
+
+class Normalised(nn.Module):
+    """What ``neurosweep export`` writes: the trained module, its normalisation written out."""
+
+    def __init__(self, module: ImageClassifier) -> None:
+        super().__init__()
+        self.backbone, self.head = module.backbone, module.head
+
+    def forward(self, intensities: Tensor) -> Tensor:
+        mean = torch.tensor([0.485, 0.456, 0.406])[None, :, None, None]
+        std = torch.tensor([0.229, 0.224, 0.225])[None, :, None, None]
+        logits: Tensor = self.head(self.backbone((intensities - mean) / std))
+        return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet50", "vit_b_16"])
+def test_the_network_agrees_with_the_onnx_model(name: str, tmp_path: Path) -> None:
+    module = ImageClassifier(backbone=name, num_classes=3, image_size_px=SIZE_PX).eval()
+    program = torch.onnx.export(
+        Normalised(module).eval(),
+        (torch.zeros(2, 1, SIZE_PX, SIZE_PX),),
+        dynamo=True,
+        verbose=False,
+        input_names=["intensities"],
+        output_names=["logits"],
+        dynamic_shapes={"intensities": {0: torch.export.Dim("batch")}},
+    )
+    assert program is not None
+    program.save(tmp_path / "model.onnx", external_data=False)
+    model = (tmp_path / "model.onnx").read_bytes()
+    state = to_torchvision(module.backbone, module.head)
+    folder = write_bundle(tmp_path / "bundle", state, model, ("a", "b", "c"), backbone=name)
+    pixels = (images(0, 1, 2)[:, 0] * 255).to(torch.uint8).numpy()
+    network = load_network(folder)
+    with torch.inference_mode():
+        ours = network(torch.from_numpy(pixels[:, None]).float() / 255).numpy()
+    assert ours == pytest.approx(load_bundle(folder).logits(pixels), abs=1e-4)
+    # The maps are those of the backbone's cells: 32 px, of a transformer 16 px.
+    cells = 2 if name == "vit_b_16" else 1
+    targets = torch.tensor([0, 1, 2])
+    assert grad_cam(network, images(0, 1, 2), targets).shape == (3, cells, cells)
+    maps = integrated_gradients(network, images(0, 1, 2), targets)
+    assert maps.shape == (3, SIZE_PX, SIZE_PX)
+
+
+# The command
+
+
+def png(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 30), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_images_become_overlays_and_arrays(bundle: Path, tmp_path: Path) -> None:
+    given = [png(tmp_path / "DOE^JANE" / "1.png", 0), png(tmp_path / "ROE" / "1.png", 1)]
+    out = tmp_path / "out"
+    result = explain_images(bundle, given, out, num_tests=0)
+    assert json.loads((out / "explanation.json").read_text()) == result
+    listed = {"explanation.json"}
+    for row in result["images"]:
+        assert row["image"] == "1.png"
+        assert row["explained_class"] == CLASSES[0]  # what the ONNX model always answers
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert set(row["files"]) == {"grad_cam", "integrated_gradients"}
+        for files in row["files"].values():
+            listed |= set(files.values())
+            values = np.load(out / files["array"], allow_pickle=False)
+            assert (values.shape, values.dtype) == ((SIZE_PX, SIZE_PX), np.float32)
+            with Image.open(out / files["overlay"]) as overlay:
+                assert (overlay.mode, overlay.size) == ("RGB", (SIZE_PX, SIZE_PX))
+    assert {path.name for path in out.iterdir()} == listed
+    assert len(listed) == 1 + 2 * 2 * 2
+    written = b"".join(path.read_bytes() for path in out.iterdir())
+    assert b"JANE" not in written
+    assert b"ROE" not in written
+
+
+def test_a_manifest_becomes_a_gallery_of_validation_images_only(
+    bundle: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    rows = ["path,label,group_id,split"]
+    for index, split in enumerate(["train", "val", "val", "val", "test", "test"]):
+        label = CLASSES[index % 2] if split == "val" else "stroke"
+        path = f"{split}-folder/{split}{index}<b>.png"
+        png(data / path, index)
+        rows.append(f"{path},{label},Jane Doe {index},{split}")
+    data.joinpath("manifest.csv").write_text("\n".join(rows))
+    out = tmp_path / "out"
+    result = explain_images(bundle, [data / "manifest.csv"], out, num_tests=0)
+    # The model always answers the first class: rows 1 and 3 are of the second, row 2 is of it.
+    kinds = [(row["kind"], row["image"], row["label"]) for row in result["images"]]
+    assert kinds == [
+        ("right", "val2<b>.png", CLASSES[0]),
+        ("wrong", "val1<b>.png", CLASSES[1]),
+        ("wrong", "val3<b>.png", CLASSES[1]),
+    ]
+    assert result["images"][0]["group"] == hashlib.sha256(b"Jane Doe 2").hexdigest()[:10]
+    page = (out / "gallery.html").read_text()
+    assert "val2&lt;b&gt;.png" in page
+    assert "<b>.png" not in page
+    assert page.count("data:image/png;base64,") == 3 * 3
+    for secret in ("Jane", "folder", "test", "http", str(tmp_path)):
+        assert secret not in re.sub(r"base64,[^\"]*", "", page)
+        assert secret not in (out / "explanation.json").read_text()
+
+
+def test_labels_that_the_bundle_does_not_have_are_refused(bundle: Path, tmp_path: Path) -> None:
+    for label in ("stroke", "tumour"):
+        png(tmp_path / "data" / label / "1.png", 0)
+    with pytest.raises(InputError, match=r"must be the bundle's classes.*has tumour: rename them"):
+        explain_images(bundle, [tmp_path / "data"], tmp_path / "out")
+
+
+def test_what_cannot_be_explained_leaves_nothing_behind(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"no image")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"1\.png must be a PNG"):
+        explain_images(bundle, [tmp_path / "1.png"], tmp_path / "out")
+    with pytest.raises(InputError, match="must exist; nothing at"):
+        explain_images(bundle, [tmp_path / "2.png"], tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_folder_with_something_in_it_is_left_alone(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="explanations go into a new folder"):
+        explain_images(bundle, [png(tmp_path / "1.png", 0)], bundle)
+
+
+def test_the_tests_of_maps_say_what_they_compared() -> None:
+    told: list[tuple[str, int, int]] = []
+    network = by_hand()
+    bright = torch.zeros(3, 1, SIZE_PX, SIZE_PX)
+    bright[..., 4:12, 4:12] = 1
+    network.head.bias.data[1] = -1  # so that class 0 is predicted, for its bright square
+    result = run_tests(network, network, bright, seed=0, progress=lambda *done: told.append(done))
+    assert result["num_images"] == 3
+    assert told[-1] == ("testing maps", 1, 1)
+    for name in ("grad_cam", "integrated_gradients"):
+        found = result[name]
+        assert found["deletion"]["area"] < found["deletion"]["random_area"]
+        assert found["insertion"]["area"] > found["insertion"]["random_area"]
+        assert found["insertion"]["share_better_than_random"] == 1
+        # The same weights again change nothing.
+        forgotten = found["weights_forgotten_down_to"]
+        assert list(forgotten) == ["head", "stage 2", "stage 1"]
+        for values in forgotten.values():
+            assert values["spearman"] == pytest.approx(1)
+            assert values["num_flat_maps"] == 0
+
+
+def test_the_pointing_game_finds_the_lesion_where_the_network_does() -> None:
+    # The first class is whatever is bright: enhancing tumours are, beside vessels and scalp.
+    result = point_at_phantoms(by_hand(), ("benign_tumor", "other"), SIZE_PX, 20, seed=0)
+    assert result["num_images"] == 20
+    for name in ("grad_cam", "integrated_gradients"):
+        assert result[name]["by_class"]["benign_tumor"]["num_images"] == 20
+        assert result[name]["share"]["value"] == result[name]["num_hits"] / 20
+        assert 0 < result[name]["random_point"] < 0.2
+    assert json.dumps(result, allow_nan=False)
+
+
+def test_a_bundle_without_a_phantom_lesion_is_refused() -> None:
+    with pytest.raises(InputError, match="needs a class that phantoms show as a lesion"):
+        point_at_phantoms(by_hand(), ("cat", "no_tumor"), SIZE_PX, 5, seed=0)
+
+
+@pytest.mark.slow
+def test_a_manifest_is_explained_tested_and_pointed_at(bundle: Path, tmp_path: Path) -> None:
+    settings = PhantomSettings(num_patients=5, slices_per_patient=1, image_size_px=SIZE_PX)
+    manifest = write_phantoms(settings, tmp_path / "phantoms")
+    out = tmp_path / "out"
+    result = explain_images(bundle, [manifest], out, num_tests=3, num_phantoms=6)
+    assert result["tests"]["num_images"] == 3
+    forgotten = result["tests"]["grad_cam"]["weights_forgotten_down_to"]
+    assert list(forgotten) == ["head", *(f"stage {n}" for n in (5, 4, 3, 2, 1))]
+    assert result["pointing_game"]["num_images"] == 6
+    assert json.loads((out / "explanation.json").read_text()) == result
+    console = Console(width=200, record=True, quiet=False, file=io.StringIO())
+    print_explanation(console, result)
+    printed = console.export_text()
+    share = result["pointing_game"]["grad_cam"]["share"]["value"]
+    assert re.search(rf"pointing game, 6 phantoms +{share:.3f} \[", printed)
+    assert f"{result['tests']['grad_cam']['deletion']['area']:.3f} (random" in printed
+    again = explain_images(bundle, [manifest], tmp_path / "again", num_tests=3, num_phantoms=6)
+    assert again == result
