@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbones import build_network
+from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.stages import HEAD_MODULE
 from lightning_modules.state_dicts import to_torchvision
@@ -29,29 +30,6 @@ Members = Sequence[tuple[float, ImageClassifier]]
 SMALLEST_PROBABILITY = 1e-30
 
 _BATCH_SIZE = 32
-
-
-class Network(nn.Module):
-    """What is exported: from grey intensities to logits, normalisation included.
-
-    Args:
-        module: The trained classifier; its tensors are taken, not copied.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, module: ImageClassifier) -> None:
-        super().__init__()
-        self.backbone = module.backbone
-        self.head = module.head
-        self.register_buffer("mean", module.mean)
-        self.register_buffer("std", module.std)
-
-    def forward(self, intensities: Tensor) -> Tensor:
-        """Return logits ``(B, C)`` of ``(B, 1, H, W)`` grey intensities in [0, 1]."""
-        logits: Tensor = self.head(self.backbone((intensities - self.mean) / self.std))
-        return logits
 
 
 class Mixture(nn.Module):
@@ -81,7 +59,7 @@ class Mixture(nn.Module):
 
 def network_of(members: Members) -> nn.Module:
     """Return one network of one or several classifiers, in eval mode."""
-    networks = [Network(module) for _, module in members]
+    networks = [BundledNetwork(module.backbone, module.head) for _, module in members]
     if len(networks) == 1:
         return networks[0].eval()
     return Mixture(networks, [weight for weight, _ in members]).eval()

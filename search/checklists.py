@@ -46,7 +46,8 @@ def answer_items(
         else f"group; whether a group is a patient: {TO_FILL}"
     )
     maps = (
-        "Explanations: Grad-CAM and occlusion, tested by deletion, insertion, and random weights"
+        "Explanations: Grad-CAM and Integrated Gradients, tested by deletion, insertion, and "
+        "random weights"
         if is_explained
         else f"{TO_FILL} (neurosweep explain)"
     )

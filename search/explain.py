@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -17,10 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.bundle import Bundle, load_bundle
-from lightning_modules.data.decode import decode_file
+from lightning_modules.bundled_network import BundledNetwork
+from lightning_modules.data.decode import one_line
 from lightning_modules.data.manifest import read_manifest
+from lightning_modules.data.volumes import decode_slices, read_file
 from lightning_modules.errors import InputError
-from lightning_modules.explain import BundledNetwork, enlarge, load_network, untrained_network
+from lightning_modules.explain import enlarge, load_network, untrained_network
 from lightning_modules.seeds import derive_seed
 from search.explanation_tests import (
     BATCH_SIZE,
@@ -209,11 +212,16 @@ def _decode(bundle: Bundle, paths: Sequence[Path]) -> Pixels:
     images = np.empty((len(paths), size_px, size_px), np.uint8)
     for image, path in zip(images, paths, strict=True):
         try:
-            image[:] = decode_file(path, size_px)[0]
+            slices = list(itertools.islice(decode_slices(read_file(path), size_px), 2))
         except FileNotFoundError as error:
-            raise InputError(f"an image to explain must exist; nothing at {path}") from error
+            raise InputError(f"an image to explain must exist; there is no {path.name}") from error
         except (OSError, InputError) as error:
-            raise InputError(f"{path} must be a PNG, JPEG, or TIFF image; {error}") from error
+            raise InputError(f"{path.name} {one_line(error)}") from error
+        if len(slices) != 1:
+            raise InputError(
+                f"an image to explain is one slice; {path.name} is a volume: export one"
+            )
+        image[:] = slices[0].pixels
     return images
 
 

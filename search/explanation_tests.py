@@ -19,10 +19,10 @@ from lightning_modules.attribution_tests import (
     random_maps,
     replacement_curves,
 )
+from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.data.phantom import CLASSES, render_slice
 from lightning_modules.errors import InputError
 from lightning_modules.explain import (
-    BundledNetwork,
     enlarge,
     grad_cam,
     hide,

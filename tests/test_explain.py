@@ -22,8 +22,8 @@ from lightning_modules.bundle import FORMAT, load_bundle
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.phantom import PhantomSettings, write_phantoms
 from lightning_modules.errors import InputError
+from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.explain import (
-    BundledNetwork,
     enlarge,
     grad_cam,
     hide,
@@ -473,7 +473,7 @@ def test_what_cannot_be_explained_leaves_nothing_behind(bundle: Path, tmp_path: 
     before = set(tmp_path.iterdir())
     with pytest.raises(InputError, match=r"1\.png must be a PNG"):
         explain_images(bundle, [tmp_path / "1.png"], tmp_path / "out")
-    with pytest.raises(InputError, match="must exist; nothing at"):
+    with pytest.raises(InputError, match="must exist; there is no"):
         explain_images(bundle, [tmp_path / "2.png"], tmp_path / "out")
     assert set(tmp_path.iterdir()) == before
 

@@ -19,8 +19,9 @@ from measurement import provenance
 from torch import Tensor, nn
 
 from lightning_modules.backbones import Backbone, freeze_below
+from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.data.phantom import CLASSES, render_slice
-from lightning_modules.explain import BundledNetwork, untrained_network
+from lightning_modules.explain import untrained_network
 from lightning_modules.seeds import derive_seed
 from lightning_modules.state_dicts import from_torchvision, match_state_dict, read_state_dict
 from search.explanation_tests import point_at_phantoms, run_tests, to_intensities
