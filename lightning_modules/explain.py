@@ -48,6 +48,11 @@ def load_network(folder: Path) -> BundledNetwork:
     """
     bundle = load_bundle(folder)
     name = bundle.config.get("backbone")
+    if name == "ensemble":
+        raise InputError(
+            f"explanations are of one network; {folder} holds several: export and explain one of "
+            "its trials"
+        )
     if not isinstance(name, str) or name not in HEAD_MODULE:
         raise InputError(
             f"config.json of {folder} must name a backbone, one of {', '.join(HEAD_MODULE)}; got "

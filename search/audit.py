@@ -1,5 +1,6 @@
 """The audit as a command: what is said about a set of images, and what is written."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.data.audit import Audit, audit_images, group_duplicates
-from lightning_modules.data.duplicates import Clusters
+from lightning_modules.data.duplicates import Clusters, duplicates_of
 from lightning_modules.data.manifest import EXTENSIONS, SPLITS, Manifest, hashed, read_manifest
 from lightning_modules.data.pack import Pack, build_pack, default_cache_dir
 from lightning_modules.data.splits import assign_splits
@@ -43,8 +44,8 @@ def audit_folder(
         progress: Called with what is done, steps done, and steps in all.
 
     Returns:
-        The manifest, with the splits that a sweep of seed 0 would make where it has none, and what
-        was found.
+        The manifest, with the groups and splits that a sweep of seed 0 would make where it has no
+        splits, and what was found.
 
     Raises:
         InputError: If the manifest breaks a rule, or a class has no readable image.
@@ -58,10 +59,13 @@ def audit_folder(
         skip_bad_images=True,
         progress=lambda done, total: tell("decoding images", done, total),
     )
-    if len(manifest.classes) > 1:
+    has_splits = bool(manifest.frame["split"].any())
+    if len(manifest.classes) > 1 and not has_splits:
         settings = DataSettings()
+        told = functools.partial(tell, "comparing images")
+        duplicates = duplicates_of(pack, default_cache_dir(), told)
         manifest = assign_splits(
-            manifest,
+            group_duplicates(manifest, duplicates),
             val_fraction=settings.val_fraction,
             test_fraction=settings.test_fraction,
             seed=0,
@@ -70,7 +74,7 @@ def audit_folder(
         manifest,
         pack,
         default_cache_dir(),
-        lambda done, total: tell("comparing images", done, total),
+        functools.partial(tell, "comparing images"),
     )
     return manifest, audit
 
@@ -149,19 +153,32 @@ def write_audit(manifest: Manifest, audit: Audit, out: Path) -> None:
         ) from error
 
 
-def write_grouped(manifest: Manifest, audit: Audit, path: Path) -> None:
+def write_grouped(
+    images: Path, audit: Audit, path: Path, *, group_pattern: str | None = None
+) -> None:
     """Write a manifest in which images that show one picture are of one group, and in one split.
+
+    Where the images have no splits, none are written.
+
+    Args:
+        images: What was audited.
+        audit: What was found.
+        path: A new file beside the images.
+        group_pattern: As for ``audit_folder``.
 
     Raises:
         InputError: If it would not lie beside the images, or exists.
     """
+    manifest = read_manifest(images, group_pattern=group_pattern)
+    readable = ~manifest.frame["path"].isin(list(audit.unreadable))
+    kept = Manifest(manifest.root, manifest.frame[readable].reset_index(drop=True))
     if path.resolve().parent != manifest.root:
         raise InputError(
             f"a manifest lies where its paths start; got {path}: give a name in {manifest.root}"
         )
     if path.exists():
         raise InputError(f"a grouped manifest is a new file; {path} exists: give another name")
-    group_duplicates(manifest, audit.duplicates).write(path)
+    group_duplicates(kept, audit.duplicates).write(path)
 
 
 def _unlabelled(folder: Path) -> Manifest | None:

@@ -133,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", type=Path, metavar="BUNDLE", help="compared on the same images"
     )
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="instead of BUNDLE/evaluation")
-    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (0)")
+    evaluate.add_argument(
+        "--seed", type=_index, default=0, metavar="N", help="of the resamples (0)"
+    )
     evaluate.add_argument(
         "--resamples", type=_positive, default=1000, metavar="N", help="for the intervals (1000)"
     )
@@ -146,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("bundle", type=Path, metavar="BUNDLE")
     explain.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE|FOLDER|MANIFEST", help="files, or a data set"
+        "images", type=Path, nargs="+", metavar="IMAGE|SWEEP", help="files, or the sweep's folder"
     )
     explain.add_argument(
         "--out", type=Path, metavar="DIR", help="a new folder, instead of BUNDLE/explanation"

@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -113,7 +114,9 @@ def audit(options: argparse.Namespace) -> None:
     if options.group_duplicates is not None:
         from search.audit import write_grouped
 
-        write_grouped(manifest, audit, options.group_duplicates)
+        write_grouped(
+            options.images, audit, options.group_duplicates, group_pattern=options.group_pattern
+        )
         console.print(
             f"grouped manifest: {options.group_duplicates}; next\n"
             f"  neurosweep launch SWEEP.yaml --data {shlex.quote(str(options.group_duplicates))}",
@@ -271,11 +274,14 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def explain(options: argparse.Namespace) -> None:
     """Show and test what a bundle looks at."""
-    from search.explain import explain_images, print_explanation
+    from search.explain import RESULT_FILE, explain_images, print_explanation
     from search.model_card import write_card
 
     console = _console()
-    out = options.out or options.bundle / "explanation"
+    own = options.bundle / "explanation"
+    out = options.out or own
+    if out == own and (own / RESULT_FILE).is_file():
+        shutil.rmtree(own)  # made by this command, and made anew
     with Bar(console=console, transient=True) as bar:
         explanation = explain_images(
             options.bundle,
@@ -284,6 +290,10 @@ def explain(options: argparse.Namespace) -> None:
             num_phantoms=options.phantoms,
             progress=_told_by(bar),
         )
+    if out != own:
+        # The card needs the figures, wherever the maps go.
+        own.mkdir(exist_ok=True)
+        shutil.copyfile(out / RESULT_FILE, own / RESULT_FILE)
     write_card(options.bundle)
     print_explanation(console, explanation)
     console.print(f"written to {out}", soft_wrap=True)
@@ -301,8 +311,9 @@ def predict(options: argparse.Namespace) -> None:
 
 def _console() -> Console:
     """Return the terminal; a pipe or a file gets lines that are not wrapped."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    # No markup: names of files, sources, and tensors may hold brackets.
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)
 
 
 def _tensorboard(sweep: Any) -> str:

@@ -84,4 +84,5 @@ def probability_best(values: Floats, seed: int = 0) -> Floats:
     rng = np.random.default_rng(seed)
     spread = np.sqrt(variance / num_seeds * freedom / rng.chisquare(freedom, (NUM_DRAWS, 1)))
     drawn = means + spread * rng.standard_normal((NUM_DRAWS, num_candidates))
-    return np.bincount(drawn.argmax(axis=1), minlength=num_candidates) / NUM_DRAWS
+    best = drawn == drawn.max(axis=1, keepdims=True)  # without noise, several are
+    return np.asarray((best / best.sum(axis=1, keepdims=True)).mean(axis=0))

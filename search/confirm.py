@@ -5,7 +5,6 @@ of drawn, none is stopped early, and everything that is cached is used again. It
 and widened by asking for more candidates or seeds.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from search.config import dump_sweep
 from search.folder import lock
 from search.record import Record
 from search.recorded import Trial
-from search.results import rank, score
+from search.results import has_checkpoint, rank, score, verdict
 from search.sweep import Sweep, TrialParams
 
 
@@ -70,7 +69,9 @@ def confirm_sweep(
     confirming = _confirming(record.sweep, len(wanted))
     with lock(confirming):
         runs = _open(confirming, record.facts)
-        there = {(run.params, run.seed) for run in runs.trials()}
+        write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
+        # One that failed for any reason but its params is run anew.
+        there = {(run.params, run.seed) for run in runs.trials() if _counts(run)}
         for params, seed, view_seed in wanted.values():
             if (params, seed) not in there:
                 runs.add(params, seed=seed, view_seed=view_seed)
@@ -90,7 +91,10 @@ def confirm_sweep(
             for trial in candidates
         ]
     )
-    confirmation = compare(candidates, found, record.sweep)
+    confirmation = {
+        "num_trials": record.num_trials,
+        **compare(candidates, found, record.sweep),
+    }
     record.add_fact("confirmation", confirmation)
     return confirmation
 
@@ -115,12 +119,8 @@ def print_confirmation(console: Console, confirmation: Mapping[str, Any]) -> Non
             f"{row['probability_best']:.0%}",
         )
     console.print(table)
-    first = confirmation["candidates"][0]
-    console.print(
-        f"confirmed: trial {first['number']:05d}, the best with a probability of "
-        f"{first['probability_best']:.0%}; `neurosweep export` takes it from now on",
-        soft_wrap=True,
-    )
+    console.print(verdict(confirmation), soft_wrap=True)
+    console.print(f"`neurosweep export` takes trial {confirmation['winner']:05d} from now on")
 
 
 def _shown(row: Mapping[str, Any], prefix: str) -> str:
@@ -191,9 +191,9 @@ def _plain(prefix: str, found: Any) -> dict[str, float | None]:
 
 
 def _candidates(record: Record, top: int) -> list[Trial]:
-    """Return the best trials that finished, and the baseline, whatever became of it."""
+    """Return the best trials that can be exported, and the baseline."""
     trials = record.trials()
-    finished = [trial for trial in trials if trial.state in ("complete", "pruned")]
+    finished = [trial for trial in trials if has_checkpoint(trial, record.sweep)]
     ranked = [t for t in rank(finished, record.sweep) if score(t, record.sweep) > -math.inf]
     if not ranked:
         raise InputError(
@@ -208,7 +208,7 @@ def _candidates(record: Record, top: int) -> list[Trial]:
 def _confirming(sweep: Sweep, num_trials: int) -> Sweep:
     """Return the sweep that a confirmation is: nothing is drawn, and nothing stopped early."""
     search = dataclasses.replace(
-        sweep.search, num_trials=num_trials, time_budget_s=None, keep_trials=1
+        sweep.search, sampler="random", num_trials=num_trials, time_budget_s=None, keep_trials=1
     )
     return dataclasses.replace(
         sweep,
@@ -221,11 +221,17 @@ def _confirming(sweep: Sweep, num_trials: int) -> Sweep:
 
 def _open(confirming: Sweep, facts: dict[str, Any]) -> Record:
     """Return the confirmation's record; a new one with the sweep's facts if there is none."""
-    with contextlib.suppress(InputError):
+    if (confirming.folder / "sweep.yaml").is_file():
         return Record.open(confirming)
-    confirming.folder.mkdir(exist_ok=True)
+    # Left by a command that was killed before there was anything to go on with.
+    (confirming.folder / "study.db").unlink(missing_ok=True)
     kept = {name: value for name, value in facts.items() if name != "confirmation"}
     return Record.create(confirming, kept)
+
+
+def _counts(run: Trial) -> bool:
+    """Tell whether a run says something of its params; one that diverged does."""
+    return run.state != "failed" or run.reason == "diverged"
 
 
 def _values(runs: list[Trial], sweep: Sweep) -> dict[tuple[TrialParams, int], float]:
@@ -233,7 +239,6 @@ def _values(runs: list[Trial], sweep: Sweep) -> dict[tuple[TrialParams, int], fl
     for run in runs:
         best = run.best_epoch(sweep.metric, sweep.mode)
         value = None if best is None else best.metrics[sweep.metric]
-        # One that diverged counts with what it reached; one that is interrupted does not count yet.
-        if run.state in ("complete", "failed") and value is not None:
+        if run.state != "running" and _counts(run) and value is not None:
             values[run.params, run.seed] = value
     return values

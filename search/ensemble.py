@@ -26,7 +26,7 @@ from search.ensemble_weights import Score, greedy_weights, grid_weights
 from search.export import Parity, load_trial, write_bundle
 from search.record import Record
 from search.recorded import Trial
-from search.results import rank, score
+from search.results import has_checkpoint, rank, score
 
 Method = Literal["greedy", "grid", "soup"]
 Floats = npt.NDArray[np.float64]
@@ -197,10 +197,7 @@ def _candidates(record: Record, top: int) -> list[Trial]:
     kept = [
         trial
         for trial in rank(record.trials(), sweep)
-        if trial.state in ("complete", "pruned")
-        and score(trial, sweep) > -math.inf
-        and (best := trial.epochs[-1].best) is not None
-        and (sweep.folder / best.path).is_file()
+        if score(trial, sweep) > -math.inf and has_checkpoint(trial, sweep)
     ]
     if len(kept) < 2:
         raise InputError(

@@ -85,6 +85,7 @@ def evaluate_bundle(
 
     classes = model.bundle.classes
     own = read_own(data, classes)
+    _check_same(own, data, model)
     outside = None if external is None else read_external(external, classes)
 
     def decoded(manifest: Manifest, rows: Manifest, opened: Model) -> ImageSet:
@@ -164,19 +165,25 @@ def _check_writable(folder: Path) -> None:
         )
 
 
-def _origin(images: ImageSet, model: Model) -> dict[str, Any]:
-    """Return which test rows these are, and whether the bundle knows them as its own."""
+def _check_same(own: Manifest, data: Path, model: Model) -> None:
+    """Refuse test rows that a bundle may have been trained on."""
     trained = model.bundle.config.get("data")
     expected = trained.get("manifest_digest") if isinstance(trained, dict) else None
-    skipped = trained.get("skipped_images") if isinstance(trained, dict) else None
-    same: bool | None = images.manifest_digest == expected
-    if expected is None or (not same and skipped):
-        same = None  # the sweep's digest is of the images that it could read
+    if expected is not None and own.digest != expected:
+        raise InputError(
+            f"{data}: test images are those that the sweep has locked; the manifest's images, "
+            f"groups, or splits are not the bundle's (digest {own.digest[:12]}, the bundle's is "
+            f"{expected!s:.12}): give the sweep's folder, such as sweeps/NAME, or evaluate other "
+            "images with --external"
+        )
+
+
+def _origin(images: ImageSet, model: Model) -> dict[str, Any]:
+    """Return which test rows these are."""
     leakage = model.bundle.config.get("leakage")
     return {
         **_digests(images),
         "split": "test",
-        "is_manifest_of_the_sweep": same,
         # Found before the launch, and allowed: counts by kind.
         "leakage": {
             str(kind): count

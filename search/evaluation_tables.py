@@ -83,11 +83,6 @@ def _remarks(evaluation: Mapping[str, Any]) -> Iterable[str]:
             f"{external['num_groups']} groups are named as groups of the bundle's own data: if "
             "they are the same patients, it is not external"
         )
-    if data["is_manifest_of_the_sweep"] is False:
-        yield (
-            "note: not the manifest that the bundle was trained with: its test rows may have been "
-            "trained on"
-        )
     if run["on_these_images"] > 1:
         yield (
             f"note: evaluation {run['on_these_images']} of this bundle on these test images, the "

@@ -1,6 +1,5 @@
 """What a bundle's network looks at, shown and tested: overlays, arrays, figures, a gallery."""
 
-import hashlib
 import io
 import itertools
 import json
@@ -20,11 +19,12 @@ from rich.table import Table
 from lightning_modules.bundle import Bundle, load_bundle
 from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.data.decode import one_line
-from lightning_modules.data.manifest import read_manifest
+from lightning_modules.data.manifest import hashed, read_manifest
 from lightning_modules.data.volumes import decode_slices, read_file
 from lightning_modules.errors import InputError
 from lightning_modules.explain import enlarge, load_network, untrained_network
 from lightning_modules.seeds import derive_seed
+from search.data import prepare_data
 from search.explanation_tests import (
     BATCH_SIZE,
     METHODS,
@@ -34,6 +34,7 @@ from search.explanation_tests import (
     to_intensities,
 )
 from search.gallery import Case, Pixels, choose_cases, draw_overlay, png, write_gallery
+from search.results import open_sweep
 
 FORMAT = 1
 
@@ -54,13 +55,12 @@ def explain_images(
 ) -> dict[str, Any]:
     """Explain a bundle's predictions, and test the explanations.
 
-    Of a labelled manifest only validation images are read where it has splits: test groups are
-    for ``evaluate``. Where it has none, all of it is read.
+    Of a labelled manifest only validation images are read: test groups are for ``evaluate``.
 
     Args:
         bundle: A bundle's folder.
-        images: Image files; or one manifest, or one folder of class folders, of whose images right,
-            wrong, and uncertain ones are chosen for a gallery.
+        images: Image files; or a sweep's folder, or one manifest with splits, of whose validation
+            images right, wrong, and uncertain ones are chosen for a gallery.
         out: A new folder; it appears whole or not at all. For every image and method an overlay
             (PNG) and an array ``(H, W)`` of the network's image size (NPY, float32), and what is
             returned, as ``explanation.json``.
@@ -94,6 +94,7 @@ def explain_images(
         "backbone": network.backbone.name,
         "classes": list(opened.classes),
         "model": opened.config["digests"],
+        "leakage": opened.config.get("leakage") or {},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
@@ -161,18 +162,21 @@ def _labelled_cases(
     bundle: Bundle, path: Path, num_each: int, num_tests: int, seed: int, tell: Progress
 ) -> tuple[list[Case], Pixels]:
     """Choose what to show of a manifest, and draw what to test on."""
-    manifest = read_manifest(path)
+    if (path / "sweep.yaml").is_file():
+        manifest = prepare_data(open_sweep(str(path), path.parent))[0]
+    else:
+        manifest = read_manifest(path)
     if unknown := sorted(set(manifest.classes) - set(bundle.classes)):
         raise InputError(
             f"labels must be the bundle's classes, {', '.join(bundle.classes)}; {path.name} has "
             f"{', '.join(unknown)}: rename them, or leave their images out"
         )
-    has_splits = bool((manifest.frame["split"] != "").any())
-    frame = manifest.frame[manifest.frame["split"] == "val"] if has_splits else manifest.frame
+    frame = manifest.frame[manifest.frame["split"] == "val"]
     if frame.empty:
+        # Without splits, any image may be one that the sweep has locked.
         raise InputError(
-            f"cases are chosen from validation images; {path.name} has none: give image files, or "
-            "a manifest with a val split or with none at all"
+            f"cases are chosen from validation images; {path.name} does not say which they are: "
+            "give the sweep's folder, such as sweeps/NAME, or image files"
         )
     paths = [manifest.root / name for name in frame["path"]]
     labels = np.array([bundle.classes.index(label) for label in frame["label"]])
@@ -190,7 +194,7 @@ def _labelled_cases(
             image=_decode(bundle, [paths[row]])[0],
             probabilities=probabilities[row],
             label=int(labels[row]),
-            group=hashlib.sha256(str(frame["group_id"].iloc[row]).encode()).hexdigest()[:10],
+            group=hashed(str(frame["group_id"].iloc[row])),
         )
         for kind, rows in choose_cases(probabilities, labels, num_each).items()
         for row in rows

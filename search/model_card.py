@@ -133,11 +133,13 @@ if you trust where it came from."""
 
 def _limits(config: Facts) -> str:
     size_px = config["input"]["image_size_px"]
+    members = config.get("members") or ()
+    runs = f"made of {len(members)} training runs" if members else "one training run"
     return f"""## Limits
 
 - It sees one grey slice of {size_px} x {size_px} px: no volume, other sequence, or clinical data.
 - It was trained on the sources above; other scanners, sequences, and hospitals were not seen.
-- It is one training run: another seed gives other weights and other figures.
+- It is {runs}: another seed gives other weights and other figures.
 - Performance by age, sex, and ethnicity: {TO_FILL}."""
 
 
@@ -149,6 +151,10 @@ def _reproduction(config: Facts) -> str:
     origin = mapping(config, "weights").get("origin")
     weights = origin if origin in ("imagenet", "random") else "FILE"
     trial = mapping(config, "trial")
+    command = f"neurosweep export {say(trial, 'sweep')} bundle --trial {say(trial, 'number')}"
+    if config.get("members"):
+        method = say(mapping(config, "search"), "chosen")
+        command = f"neurosweep ensemble {say(trial, 'sweep')} bundle --method {method}"
     versions = mapping(config, "versions")
     of_all = {**versions, **mapping(versions, "exported_with")}
     rows = [[name, version] for name, version in of_all.items() if isinstance(version, str)]
@@ -159,7 +165,7 @@ With this as `sweep.yaml`, and the images with the digests above:
 {block}
 
     neurosweep launch sweep.yaml{data} --weights {weights}
-    neurosweep export {say(trial, "sweep")} bundle --trial {say(trial, "number")}
+    {command}
 
 {table(["package", "version"], rows)}"""
 

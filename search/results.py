@@ -1,7 +1,9 @@
 """A sweep's trials, ranked."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning_modules.errors import InputError
 from search.config import load_sweep
@@ -22,6 +24,12 @@ def score(trial: Trial, sweep: Sweep) -> float:
 def rank(trials: list[Trial], sweep: Sweep) -> list[Trial]:
     """Return trials best first, failed and unmeasured ones last; equals in order of number."""
     return sorted(trials, key=lambda trial: (-score(trial, sweep), trial.number))
+
+
+def has_checkpoint(trial: Trial, sweep: Sweep) -> bool:
+    """Tell whether a trial that ended well still has the checkpoint of its best epoch."""
+    best = trial.epochs[-1].best if trial.epochs and trial.state != "failed" else None
+    return best is not None and (sweep.folder / best.path).is_file()
 
 
 def open_sweep(name: str, storage: Path) -> Sweep:
@@ -47,6 +55,22 @@ def open_sweep(name: str, storage: Path) -> Sweep:
     return load_sweep(folder / "sweep.yaml", moved)
 
 
+def verdict(confirmation: Mapping[str, Any]) -> str:
+    """Return in one line what a confirmation says of its winner."""
+    first = confirmation["candidates"][0]
+    seeds = f"{confirmation['num_seeds']} fresh seed{'s' if confirmation['num_seeds'] > 1 else ''}"
+    if first["over_rival_low"] is None or first["over_rival_low"] <= 0:
+        return (
+            f"no clear winner: trial {first['number']:05d} has the best mean, {first['mean']:.4f}, "
+            f"not told from trial {first['rival']:05d} by {seeds} (best with a probability of "
+            f"{first['probability_best']:.0%})"
+        )
+    return (
+        f"confirmed by {seeds}: trial {first['number']:05d}, mean {first['mean']:.4f}, the best "
+        f"with a probability of {first['probability_best']:.0%}"
+    )
+
+
 def best_trial(record: Record) -> Trial:
     """Return the confirmed winner; where nothing was confirmed, the best trial that finished.
 
@@ -54,7 +78,8 @@ def best_trial(record: Record) -> Trial:
         InputError: If none has.
     """
     confirmation = record.facts.get("confirmation")
-    if confirmation is not None:
+    # Not if trials have been added since: one of them may be better.
+    if confirmation is not None and confirmation["num_trials"] == record.num_trials:
         return record.trial(confirmation["winner"])
     finished = [t for t in record.trials() if t.state in ("complete", "pruned")]
     ranked = [t for t in rank(finished, record.sweep) if score(t, record.sweep) > -math.inf]

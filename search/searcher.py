@@ -188,6 +188,10 @@ class StudyRecorder(Callback):
         if self._record.state(number) == "failed":
             self._drop_checkpoints(number)
             return
+        if number == 0:
+            # The baseline's stays, whatever its rank: winners are compared with it.
+            self._drop_checkpoints(number, keep=best)
+            return
         value = self._record.best_value(number)
         score = -math.inf if value is None else (value if sweep.mode == "max" else -value)
         self._kept.append((score, -number))

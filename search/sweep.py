@@ -123,7 +123,7 @@ class SearchSettings:
             ``grid``.
         max_concurrent_trials: As many as the resources allow, if not given.
         time_budget_s: No trial goes on after this many seconds.
-        keep_trials: How many of the best trials keep their checkpoints.
+        keep_trials: How many of the best trials keep their checkpoints, beside the baseline.
     """
 
     num_trials: int = 32

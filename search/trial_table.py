@@ -8,7 +8,7 @@ from rich.table import Table
 
 from search.record import Record
 from search.recorded import Trial
-from search.results import rank
+from search.results import rank, verdict
 
 
 def print_trials(console: Console, record: Record, *, num_rows: int) -> None:
@@ -45,13 +45,14 @@ def print_trials(console: Console, record: Record, *, num_rows: int) -> None:
     console.print(table)
     if len(trials) > num_rows:
         console.print(f"and {len(trials) - num_rows} more")
-    confirmation = record.facts.get("confirmation")
-    if confirmation is not None:
-        winner = confirmation["candidates"][0]
+    facts = record.facts
+    if facts.get("leakage"):
         console.print(
-            f"confirmed with {confirmation['num_seeds']} fresh seeds: {winner['number']:05d}, mean "
-            f"{winner['mean']:.4f}, the best with a probability of {winner['probability_best']:.0%}"
+            f"launched with {facts['leakage']['pictures']} pictures in two splits: scores flatter"
         )
+    confirmation = facts.get("confirmation")
+    if confirmation is not None:
+        console.print(verdict(confirmation), soft_wrap=True)
 
 
 def _state(trial: Trial) -> str:

@@ -9,6 +9,7 @@ from scipy import stats
 from search.comparison import interval, paired_difference, probability_best
 from search.confirm import compare
 from search.recorded import Trial
+from search.results import verdict
 from search.sweep import DataSettings, Sweep, TrialParams
 
 
@@ -52,6 +53,10 @@ def test_equal_candidates_are_equally_likely() -> None:
     np.testing.assert_allclose(probability_best(values), 1 / 3, atol=0.01)
 
 
+def test_candidates_that_always_tie_are_equally_likely() -> None:
+    np.testing.assert_allclose(probability_best(np.ones((4, 3))), 1 / 4)
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (4, 1)])
 def test_one_candidate_or_one_seed_says_nothing(shape: tuple[int, int]) -> None:
     values = np.random.default_rng(0).normal(size=shape)
@@ -87,6 +92,17 @@ def test_the_winner_has_the_best_mean_and_not_the_best_value() -> None:
     assert first["over_baseline_mean"] == pytest.approx(0.1)
     assert second["rival"] == 5
     assert second["over_rival_mean"] == pytest.approx(-0.1)
+
+
+def test_a_winner_that_seeds_do_not_tell_from_the_next_is_none() -> None:
+    close = compare(candidates(5, 0), np.array([[0.80, 0.90], [0.82, 0.85]]), SWEEP)
+    assert verdict(close).startswith(
+        "no clear winner: trial 00005 has the best mean, 0.8500, not told"
+    )
+    clear = compare(candidates(5, 0), np.array([[0.80, 0.90], [0.70, 0.801]]), SWEEP)
+    assert verdict(clear).startswith("confirmed by 2 fresh seeds: trial 00005, mean 0.8500")
+    single = compare(candidates(5, 0), np.array([[0.9], [0.1]]), SWEEP)
+    assert "by 1 fresh seed (" in verdict(single)
 
 
 def test_of_a_loss_the_lowest_wins() -> None:

@@ -17,7 +17,7 @@ def test_a_confirmation_can_be_widened_and_names_a_winner(
     tiny_sweeps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["confirm", "tiny", "--storage", str(tiny_sweeps), "--top", "2", "--seeds", "2"])
-    assert "confirmed: trial" in capsys.readouterr().out
+    assert "`neurosweep export` takes trial" in capsys.readouterr().out
     sweep = open_sweep("tiny", tiny_sweeps)
     record = Record.open(sweep)
     expected = {trial.number for trial in rank(record.trials(), sweep)[:2]} | {0}

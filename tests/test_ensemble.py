@@ -18,7 +18,7 @@ from search.data import prepare_data
 from search.ensemble import Method, average, ensemble_sweep, scorer
 from search.export import load_trial, write_bundle
 from search.record import Record
-from search.results import open_sweep
+from search.results import open_sweep, rank
 
 
 def classifier(seed: int) -> ImageClassifier:
@@ -109,6 +109,27 @@ def test_an_ensemble_is_written_only_if_it_is_better_than_one_trial(
     score_of = scorer("val_macro_f1", manifest.labels()[rows], len(manifest.classes))
     assert config["metric"]["value"] == pytest.approx(score_of(mixed))
     assert "Made of these trials" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_members_checkpoint_that_was_changed_is_refused(
+    tiny_sweeps: Path, tmp_path: Path
+) -> None:
+    record = Record.open(open_sweep("tiny", tiny_sweeps))
+    trials = rank(record.trials(), record.sweep)[:2]
+    best = [trial.epochs[-1].best for trial in trials]
+    files = [record.sweep.folder / file.path for file in best if file is not None]
+    kept = [file.read_bytes() for file in files]
+    try:
+        for file in files:
+            checkpoint = torch.load(file, weights_only=True)
+            checkpoint["state_dict"]["head.bias"] += 1
+            torch.save(checkpoint, file)
+        with pytest.raises(InputError, match="torn or changed"):
+            ensemble_sweep(record, tmp_path / "bundle", top=2, method="grid")
+    finally:
+        for file, data in zip(files, kept, strict=True):
+            file.write_bytes(data)
 
 
 @pytest.mark.slow

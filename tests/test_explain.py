@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 
 from lightning_modules.backbones import Backbone
 from lightning_modules.bundle import FORMAT, load_bundle
+from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.phantom import PhantomSettings, write_phantoms
 from lightning_modules.errors import InputError
-from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.explain import (
     enlarge,
     grad_cam,
@@ -526,6 +527,10 @@ def test_a_manifest_is_explained_tested_and_pointed_at(bundle: Path, tmp_path: P
     settings = PhantomSettings(num_patients=5, slices_per_patient=1, image_size_px=SIZE_PX)
     manifest = write_phantoms(settings, tmp_path / "phantoms")
     out = tmp_path / "out"
+    with pytest.raises(InputError, match="does not say which they are: give the sweep's folder"):
+        explain_images(bundle, [manifest], out)  # it has no splits: any image may be locked
+    rows = pd.read_csv(manifest, dtype=str)
+    rows.assign(split="val").to_csv(manifest, index=False)
     result = explain_images(bundle, [manifest], out, num_tests=3, num_phantoms=6)
     assert result["tests"]["num_images"] == 3
     forgotten = result["tests"]["grad_cam"]["weights_forgotten_down_to"]

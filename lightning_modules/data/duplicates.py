@@ -111,7 +111,8 @@ def find_duplicates(
 
     All pairs are compared: time grows with the square of the number of images, some minutes for
     20,000. Not found are copies turned by anything but 180 degrees, or cropped by more than about a
-    seventh of a side; nor images without structure, unless their pixels are equal. Scans of one
+    seventh of a side; nor images without structure, or that half of the set are copies of, unless
+    their pixels are equal. Scans of one
     person in one position are found too: they are near, whoever made them.
 
     Args:
@@ -135,10 +136,10 @@ def find_duplicates(
 
 def similar_pairs(
     images: Images, rows: list[int], progress: Callable[[int, int], None] | None = None
-) -> list[tuple[int, int]]:
-    """Return the pairs of positions in ``rows`` that show one picture."""
+) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of positions in ``rows`` that show one picture; some come several times."""
     if len(rows) < 2:
-        return []
+        return
     structures = np.zeros((len(rows), SIDE_PX, SIDE_PX), np.float16)
     for start in range(0, len(rows), BLOCK):
         block = np.stack([_shrunk(images[row]) for row in rows[start : start + BLOCK]])
@@ -147,27 +148,27 @@ def similar_pairs(
     plain = _coarse(structures, turns[0])
     whitening = Whitening.of(plain)
     plain = whitening.apply(plain)
+    # A blurred or odd image is a little like everything: a copy has to stand out from that.
     others = np.linspace(0, len(rows) - 1, min(len(rows), NUM_OTHERS)).astype(int)
     to_others = np.full((len(rows), len(others)), -1, np.float32)
-    found: dict[tuple[int, int], float] = {}
     for number, turn in enumerate(turns):
         turned = whitening.apply(_coarse(structures, turn))
         np.maximum(to_others, turned @ plain[others].T, out=to_others)
         np.maximum(to_others, plain @ turned[others].T, out=to_others)
-        for start in range(0, len(rows), BLOCK):
-            likeness = plain[start : start + BLOCK] @ turned.T
-            for a, b in np.argwhere(likeness >= SAME_AT):
-                pair = (int(min(start + a, b)), int(max(start + a, b)))
-                found[pair] = max(found.get(pair, 0.0), float(likeness[a, b]))
         if progress:
-            progress(number + 1, len(turns))
-    # A blurred or odd image is a little like everything: that is no copy.
-    usual = np.median(to_others, axis=1)
-    return [
-        (a, b)
-        for (a, b), likeness in found.items()
-        if a != b and likeness >= STANDS_OUT * max(usual[a], usual[b])
-    ]
+            progress(number + 1, 2 * len(turns))
+    least = np.maximum(SAME_AT, STANDS_OUT * np.median(to_others, axis=1))
+    for number, turn in enumerate(turns):
+        turned = whitening.apply(_coarse(structures, turn))
+        for start in range(0, len(rows), BLOCK):
+            end = start + BLOCK
+            likeness = plain[start:end] @ turned.T
+            enough = (likeness >= least[start:end, None]) & (likeness >= least)
+            for a, b in np.argwhere(enough):
+                if start + a != b:
+                    yield int(start + a), int(b)
+        if progress:
+            progress(len(turns) + number + 1, 2 * len(turns))
 
 
 def local_structure(pictures: Floats) -> Floats:
