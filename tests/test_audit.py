@@ -295,3 +295,20 @@ def test_splits_made_here_keep_copies_together(folder: Path) -> None:
     assert check_leakage(sweep, manifest, pack) == {}
     splits = manifest.frame["split"].to_numpy()
     assert (splits[:25] == splits[25:]).all()
+
+
+def test_copies_are_no_leak_where_splits_are_still_to_be_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(folder, split="test")
+    write_rows(folder, rows_of(folder).drop(columns="split"))
+    manifest, audit = audit_folder(folder)
+    assert len(audit.duplicates.near) == 1
+    assert audit.leaks == ()
+    # What a launch of seed 0 would make of them.
+    sweep = sweep_of(folder)
+    assert list(prepare_data(sweep)[0].frame["split"]) == list(manifest.frame["split"])
+    main(["audit", str(folder), "--group-duplicates", str(folder / "grouped.csv")])
+    written = read_manifest(folder / "grouped.csv").frame
+    assert set(written["split"]) == {""}
+    assert written["group_id"].nunique() == 25

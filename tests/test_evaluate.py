@@ -477,7 +477,7 @@ def test_an_output_folder_that_is_a_file_is_refused_before_it_is_scored(
 
 def test_without_splits_the_sweeps_own_manifest_is_named(bundle: Path, tmp_path: Path) -> None:
     data = write_images(tmp_path / "unsplit", split=False)
-    with pytest.raises(InputError, match=r"got no splits; the sweep wrote its splits into manif"):
+    with pytest.raises(InputError, match=r"got no splits; the sweep has assigned them: give its f"):
         evaluate(bundle, data)
 
 
