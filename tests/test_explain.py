@@ -472,7 +472,7 @@ def test_labels_that_the_bundle_does_not_have_are_refused(bundle: Path, tmp_path
 def test_what_cannot_be_explained_leaves_nothing_behind(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(b"no image")
     before = set(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"1\.png must be a PNG"):
+    with pytest.raises(InputError, match=r"1\.png is not a PNG"):
         explain_images(bundle, [tmp_path / "1.png"], tmp_path / "out")
     with pytest.raises(InputError, match="must exist; there is no"):
         explain_images(bundle, [tmp_path / "2.png"], tmp_path / "out")
