@@ -11,8 +11,6 @@ import pandas as pd
 from lightning_modules.data.manifest import Manifest, read_manifest, some_of
 from lightning_modules.data.pack import build_pack, default_cache_dir
 from lightning_modules.errors import InputError
-from search.data import prepare_data
-from search.results import open_sweep
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,6 +50,10 @@ def read_own(path: Path, classes: tuple[str, ...]) -> Manifest:
         InputError: If the classes are not the bundle's, or no row is a test row.
     """
     if (path / "sweep.yaml").is_file():
+        # Imported here: a bundle is evaluated without Optuna otherwise.
+        from search.data import prepare_data
+        from search.results import open_sweep
+
         manifest = prepare_data(open_sweep(str(path), path.parent))[0]
     else:
         manifest = read_manifest(path)
