@@ -5,8 +5,8 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lightning_modules.scores import CALIBRATION, DECISION, PER_CLASS
 from search.evaluation_scores import MERGED, NEGATIVES
@@ -124,16 +124,16 @@ def _print_classes(console: Console, name: str, figures: Mapping[str, Any]) -> N
     )
     for label, of_class in per_class.items():
         counts = (str(of_class["num_images"]), str(of_class["num_groups"]))
-        table.add_row(escape(label), *counts, *(_cell(of_class[key]) for key in estimated))
+        table.add_row(Text(label), *counts, *(_cell(of_class[key]) for key in estimated))
     console.print(table)
     others = [key for key in PER_CLASS if key not in estimated]
     table = _table("", "class", *(_NAMES[key] for key in others))
     for label, of_class in per_class.items():
-        table.add_row(escape(label), *(_cell({**of_class[key], "low": None}) for key in others))
+        table.add_row(Text(label), *(_cell({**of_class[key], "low": None}) for key in others))
     console.print(table)
-    table = _table(f"{name}: images, true class down", "", *map(escape, confusion["classes"]))
+    table = _table(f"{name}: images, true class down", "", *map(Text, confusion["classes"]))
     for label, row in zip(confusion["classes"], confusion["counts"], strict=True):
-        table.add_row(escape(label), *map(str, row))
+        table.add_row(Text(label), *map(str, row))
     console.print(table)
 
 
@@ -156,7 +156,7 @@ def _sources(columns: Mapping[str, Any]) -> Table:
     for name, of_set in columns.items():
         for source, figures in of_set["sources"].items():
             table.add_row(
-                escape(f"{name}: {source}"),
+                Text(f"{name}: {source}"),
                 str(figures["num_images"]),
                 str(figures["num_groups"]),
                 str(len(figures["classes"])),
@@ -191,9 +191,9 @@ def _robustness(robustness: Mapping[str, Any]) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str | Text) -> Table:
     table = Table(
-        title=escape(title) or None,
+        title=Text(title) if title else None,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -213,4 +213,4 @@ def _cell(figure: Mapping[str, float | None]) -> str:
         return "-"
     if low is None or high is None:
         return f"{value:.3f}"
-    return rf"{value:.3f} \[{low:.2f}, {high:.2f}]"
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
