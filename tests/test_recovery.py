@@ -182,7 +182,8 @@ def check_killed_at(
     assert len(repeated) <= 1
     kept = list((sweep.folder / "trials").rglob("*.ckpt"))
     best = [path for path in kept if path.parent.name != "00000"]
-    assert len(best) == 3, "keep_trials"
+    others = [t for t in after if t.number and t.state != "failed" and t.epochs[-1].best]
+    assert len(best) == min(3, len(others)), "keep_trials"
     assert len(kept) - len(best) <= 1, "the baseline's"
 
 
