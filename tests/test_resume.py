@@ -132,9 +132,9 @@ def test_a_sweep_killed_three_times_ends_as_one_left_alone(
         if was.state != "running":
             assert now == was
 
-    # Nothing is left over: two checkpoints kept, no temporary file, no process.
+    # Nothing is left over: the baseline's checkpoint and two kept, no temporary file, no process.
     kept = sorted((storage / "resumed" / "trials").rglob("*.ckpt"))
-    assert len(kept) == 2
+    assert len(kept) == 3
     assert not list((storage / "resumed").rglob("*.tmp"))
     assert not ray_processes(), "processes of a killed sweep live on"
 
