@@ -148,7 +148,7 @@ def test_the_bundle_predicts_without_the_sweep(
     assert any(name in predicted.stdout for name in config["classes"])
     assert config["parity"]["largest_difference"] < 1e-3
     assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == [
-        "config.json", "model.onnx", "model.safetensors",
+        "README.md", "config.json", "model.onnx", "model.pt2", "model.safetensors",
     ]  # fmt: skip
     # Anyone with torchvision can load the weights.
     network = mobilenet_v2(num_classes=5)
