@@ -148,6 +148,7 @@ def test_each_event_is_one_commit(sweep: Sweep) -> None:
     assert len(commits) == 6 + 10 + 1
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_trials_report(sweep: Sweep) -> None:
     record = Record.create(sweep, {})
 
