@@ -26,6 +26,8 @@ from lightning_modules.onnx_session import open_session, run_session
 
 FORMAT = 2
 
+USE = "Research use only. Not a medical device."
+
 MODEL_FILES = ("model.onnx", "model.pt2", "model.safetensors")
 CONFIG_FILE = "config.json"
 

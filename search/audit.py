@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lightning_modules.data.pack import Pack, build_pack, default_cache_dir
 from lightning_modules.data.splits import assign_splits
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
-from search.data import describe_leak
+from search.data import Progress, describe_cluster
 from search.sweep import DataSettings
 
 # Enough to tell pictures apart, and to look at them.
@@ -34,7 +33,7 @@ def audit_folder(
     images: Path,
     *,
     group_pattern: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Manifest, Audit]:
     """Audit the images of a manifest, of class folders, or of a folder without classes.
 
@@ -103,12 +102,12 @@ def print_audit(console: Console, manifest: Manifest, audit: Audit) -> None:
     _print_some(
         console,
         f"{len(audit.leaks)} pictures lie in several splits",
-        [describe_leak(manifest, rows) for rows in audit.leaks],
+        [describe_cluster(manifest, rows, "split") for rows in audit.leaks],
     )
     _print_some(
         console,
         f"{len(audit.conflicts)} pictures have several labels",
-        [_describe_conflict(manifest, rows) for rows in audit.conflicts],
+        [describe_cluster(manifest, rows, "label") for rows in audit.conflicts],
     )
     _print_some(
         console,
@@ -259,14 +258,6 @@ def _image(manifest: Manifest, row: int) -> dict[str, Any]:
 
 def _name(manifest: Manifest, row: int) -> str:
     return Path(manifest.frame["path"].iloc[row]).name
-
-
-def _describe_conflict(manifest: Manifest, rows: Sequence[int]) -> str:
-    members = manifest.frame.iloc[list(rows)].drop_duplicates("label")
-    return " = ".join(
-        f"{Path(path).name} ({label})"
-        for path, label in zip(members["path"], members["label"], strict=True)
-    )
 
 
 def _sheet(pack: Pack, clusters: Clusters) -> Image.Image:

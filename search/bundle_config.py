@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from lightning_modules.bundle import FORMAT
+from lightning_modules.bundle import FORMAT, USE
 from lightning_modules.data.manifest import SPLITS, Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.weights import IMAGENET_MEAN, IMAGENET_STD
@@ -48,7 +48,7 @@ def describe_trial(
     trials = record.trials()
     described = {
         "format": FORMAT,
-        "use": "Research use only. Not a medical device.",
+        "use": USE,
         "leakage": _numbers_of(facts.get("leakage") or {}),
         "backbone": trial.params.backbone,
         "classes": list(manifest.classes),

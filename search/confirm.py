@@ -69,7 +69,6 @@ def confirm_sweep(
     confirming = _confirming(record.sweep, len(wanted))
     with lock(confirming):
         runs = _open(confirming, record.facts)
-        write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
         # One that failed for any reason but its params is run anew.
         there = {(run.params, run.seed) for run in runs.trials() if _counts(run)}
         for params, seed, view_seed in wanted.values():
@@ -226,7 +225,9 @@ def _open(confirming: Sweep, facts: dict[str, Any]) -> Record:
     # Left by a command that was killed before there was anything to go on with.
     (confirming.folder / "study.db").unlink(missing_ok=True)
     kept = {name: value for name, value in facts.items() if name != "confirmation"}
-    return Record.create(confirming, kept)
+    record = Record.create(confirming, kept)
+    write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
+    return record
 
 
 def _counts(run: Trial) -> bool:

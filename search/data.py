@@ -84,7 +84,7 @@ def check_leakage(
     if not leaks:
         return {}
     if sweep.data.duplicates != "allow":
-        shown = some_of([describe_leak(manifest, rows) for rows in leaks], limit=5)
+        shown = some_of([describe_cluster(manifest, rows, "split") for rows in leaks], limit=5)
         raise InputError(
             "an image's copies must lie in one split, or a score is of memory; got "
             f"{len(leaks)} picture(s) in two: {shown}: look with `neurosweep audit`, launch with "
@@ -94,12 +94,12 @@ def check_leakage(
     return {"pictures": len(leaks), "images": sum(map(len, leaks))}
 
 
-def describe_leak(manifest: Manifest, rows: Sequence[int]) -> str:
-    """Return one image of each split that a picture lies in, by file name."""
-    members = manifest.frame.iloc[list(rows)].drop_duplicates("split")
+def describe_cluster(manifest: Manifest, rows: Sequence[int], column: str) -> str:
+    """Return one image for each value of a column that a picture has, by file name."""
+    members = manifest.frame.iloc[list(rows)].drop_duplicates(column)
     return " = ".join(
-        f"{Path(path).name} ({split})"
-        for path, split in zip(members["path"], members["split"], strict=True)
+        f"{Path(path).name} ({value})"
+        for path, value in zip(members["path"], members[column], strict=True)
     )
 
 

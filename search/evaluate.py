@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.bootstrap import COVERAGE
+from lightning_modules.bundle import USE
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
@@ -107,7 +108,7 @@ def evaluate_bundle(
     predictions = predict(model, images, "classifying", tell)
     evaluation: dict[str, Any] = {
         "format": FORMAT,
-        "use": "Research use only. Not a medical device.",
+        "use": USE,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "bundle": model.identity(),
         "data": _origin(images, model),

@@ -38,6 +38,17 @@ class ImageSet:
     num_skipped: int
 
 
+def read_manifest_or_sweep(path: Path) -> Manifest:
+    """Return a manifest; of a sweep's folder the sweep's, with the splits that it has assigned."""
+    if not (path / "sweep.yaml").is_file():
+        return read_manifest(path)
+    # Imported here: a bundle is evaluated without Optuna otherwise.
+    from search.data import prepare_data
+    from search.results import open_sweep
+
+    return prepare_data(open_sweep(str(path), path.parent))[0]
+
+
 def read_own(path: Path, classes: tuple[str, ...]) -> Manifest:
     """Return the manifest that a bundle was trained with, all rows.
 
@@ -49,14 +60,7 @@ def read_own(path: Path, classes: tuple[str, ...]) -> Manifest:
     Raises:
         InputError: If the classes are not the bundle's, or no row is a test row.
     """
-    if (path / "sweep.yaml").is_file():
-        # Imported here: a bundle is evaluated without Optuna otherwise.
-        from search.data import prepare_data
-        from search.results import open_sweep
-
-        manifest = prepare_data(open_sweep(str(path), path.parent))[0]
-    else:
-        manifest = read_manifest(path)
+    manifest = read_manifest_or_sweep(path)
     if set(manifest.classes) != set(classes):
         raise InputError(
             f"{path}: the classes are the bundle's, {some_of([*map(repr, classes)])}; got "

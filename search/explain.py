@@ -19,22 +19,20 @@ from rich.table import Table
 from lightning_modules.bundle import Bundle, load_bundle
 from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.data.decode import one_line
-from lightning_modules.data.manifest import hashed, read_manifest
+from lightning_modules.data.manifest import hashed
 from lightning_modules.data.volumes import decode_slices, read_file
 from lightning_modules.errors import InputError
 from lightning_modules.explain import enlarge, load_network, untrained_network
 from lightning_modules.seeds import derive_seed
-from search.data import prepare_data
+from search.evaluation_data import Progress, read_manifest_or_sweep
 from search.explanation_tests import (
     BATCH_SIZE,
     METHODS,
-    Progress,
     point_at_phantoms,
     run_tests,
     to_intensities,
 )
 from search.gallery import Case, Pixels, choose_cases, draw_overlay, png, write_gallery
-from search.results import open_sweep
 
 FORMAT = 1
 
@@ -162,10 +160,7 @@ def _labelled_cases(
     bundle: Bundle, path: Path, num_each: int, num_tests: int, seed: int, tell: Progress
 ) -> tuple[list[Case], Pixels]:
     """Choose what to show of a manifest, and draw what to test on."""
-    if (path / "sweep.yaml").is_file():
-        manifest = prepare_data(open_sweep(str(path), path.parent))[0]
-    else:
-        manifest = read_manifest(path)
+    manifest = read_manifest_or_sweep(path)
     if unknown := sorted(set(manifest.classes) - set(bundle.classes)):
         raise InputError(
             f"labels must be the bundle's classes, {', '.join(bundle.classes)}; {path.name} has "

@@ -1,7 +1,7 @@
 """How well a network's maps do: against random ones, without weights, and on known lesions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from lightning_modules.explain import (
     integrated_gradients,
 )
 from lightning_modules.seeds import derive_seed
+from search.evaluation_data import Progress
 
 # Images explained at a time: bounds the memory.
 BATCH_SIZE = 16
@@ -36,7 +37,6 @@ BATCH_SIZE = 16
 METHODS = {"grad_cam": grad_cam, "integrated_gradients": integrated_gradients}
 
 # Called with what is done, how much of it, and how much there is of it.
-Progress = Callable[[str, int, int], None]
 
 
 def to_intensities(images: npt.NDArray[np.uint8]) -> Tensor:

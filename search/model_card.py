@@ -26,10 +26,10 @@ from search.card_training import (
     describe_weights,
 )
 from search.checklists import TO_FILL, answer_items
+from search.evaluation_log import LOG_FILE
 from search.markdown import escape, mapping, number, say, table
 
 CARD_FILE = "README.md"
-EVALUATIONS_FILE = "evaluations.json"
 EXPLANATION_FILE = "explanation/explanation.json"
 
 MAX_RESULTS_BYTES = 16 * 2**20
@@ -53,7 +53,7 @@ def write_card(bundle_folder: Path) -> Path:
         InputError: If a file is not what was written there, or the card cannot be written.
     """
     config = read_config(bundle_folder)
-    found = _read_results(bundle_folder / EVALUATIONS_FILE)
+    found = _read_results(bundle_folder / LOG_FILE)
     entries = found if isinstance(found, list) else []
     evaluations = [entry for entry in entries if isinstance(entry, dict)]
     explanation = mapping({"": _read_results(bundle_folder / EXPLANATION_FILE)}, "")

@@ -16,13 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_modules.bundle import Bundle
+from lightning_modules.bundle import USE, Bundle
 from lightning_modules.data.volumes import Slice, decode_slices, read_file
 from lightning_modules.errors import InputError
 
 Form = Literal["table", "csv", "json"]
-
-USE = "Research use only. Not a medical device."
 
 # With these, spreadsheets take a cell for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

@@ -112,8 +112,8 @@ def find_duplicates(
     All pairs are compared: time grows with the square of the number of images, some minutes for
     20,000. Not found are copies turned by anything but 180 degrees, or cropped by more than about a
     seventh of a side; nor images without structure, or that half of the set are copies of, unless
-    their pixels are equal. Scans of one
-    person in one position are found too: they are near, whoever made them.
+    their pixels are equal. Scans of one person in one position are found too: they are
+    near, whoever made them.
 
     Args:
         images: Shape ``(N, S, S)``, uint8 grey, as a pack holds them.
