@@ -56,7 +56,7 @@ def resume(options: argparse.Namespace) -> None:
     _check_export(options.export)
 
     from search.folder import lock
-    from search.record import Record
+    from search.study.record import Record
     from search.trial_table import print_trials
 
     with lock(sweep):
@@ -79,8 +79,8 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     console.print(f"watch   {_tensorboard(sweep)}", soft_wrap=True)
 
     # After the images: their mistakes should not wait for torch to be imported.
-    from search import tuner
     from search.trial_table import print_trials
+    from search.tuning import tuner
 
     run = tuner.launch_sweep if is_new else tuner.resume_sweep
     record = run(sweep, manifest, pack, address=options.address, tell=console.print)
@@ -160,8 +160,8 @@ def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
 
 def top(options: argparse.Namespace) -> None:
     """Rank a sweep's trials."""
-    from search.record import Record
     from search.results import open_sweep
+    from search.study.record import Record
     from search.trial_table import print_trials
 
     record = Record.open(open_sweep(options.name, options.storage))
@@ -171,8 +171,8 @@ def top(options: argparse.Namespace) -> None:
 def confirm(options: argparse.Namespace) -> None:
     """Train the best trials again with fresh seeds."""
     from search.folder import lock
-    from search.record import Record
     from search.results import open_sweep
+    from search.study.record import Record
 
     sweep = open_sweep(options.name, options.storage)
     console = _console()
@@ -198,8 +198,8 @@ def confirm(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write the best checkpoint as a bundle."""
-    from search.record import Record
     from search.results import open_sweep
+    from search.study.record import Record
 
     _check_export(options.out)
     record = Record.open(open_sweep(options.name, options.storage))
@@ -207,7 +207,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _write_bundle(console: Console, record: Any, out: Path, *, trial_number: int | None) -> None:
-    from search.export import export_trial
+    from search.bundles.export import export_trial
 
     parity = export_trial(record, out, trial_number=trial_number)
     _print_bundle(console, out, parity)
@@ -224,12 +224,12 @@ def _print_bundle(console: Console, out: Path, parity: Any) -> None:
 
 def ensemble(options: argparse.Namespace) -> None:
     """Write several trials as one bundle."""
-    from search.record import Record
     from search.results import open_sweep
+    from search.study.record import Record
 
     _check_export(options.out)
     record = Record.open(open_sweep(options.name, options.storage))
-    from search.ensemble import ensemble_sweep
+    from search.bundles.ensemble import ensemble_sweep
 
     console = _console()
     found = ensemble_sweep(record, options.out, top=options.top, method=options.method)
@@ -248,9 +248,9 @@ def ensemble(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Score a bundle on its locked test images."""
-    from search.evaluate import evaluate_bundle
-    from search.evaluation_tables import print_evaluation
-    from search.model_card import write_card
+    from search.card.model_card import write_card
+    from search.evaluation.evaluate import evaluate_bundle
+    from search.evaluation.tables import print_evaluation
 
     console = _console()
     with Bar(console=console, transient=True) as bar:
@@ -274,8 +274,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def explain(options: argparse.Namespace) -> None:
     """Show and test what a bundle looks at."""
-    from search.explain import RESULT_FILE, explain_images, print_explanation
-    from search.model_card import write_card
+    from search.card.model_card import write_card
+    from search.explanation.explain import RESULT_FILE, explain_images, print_explanation
 
     console = _console()
     own = options.bundle / "explanation"
@@ -302,7 +302,7 @@ def explain(options: argparse.Namespace) -> None:
 def predict(options: argparse.Namespace) -> None:
     """Classify images with a bundle."""
     from lightning_modules.bundle import load_bundle
-    from search.predict import predict_files, print_predictions
+    from search.bundles.predict import predict_files, print_predictions
 
     bundle = load_bundle(options.bundle)
     predictions = predict_files(bundle, options.images, slice_number=options.slice)

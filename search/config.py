@@ -15,7 +15,7 @@ import yaml
 from lightning_modules.errors import InputError
 from lightning_modules.stages import BACKBONES, check_image_size
 from lightning_modules.strict_yaml import load_yaml
-from search.sampler import SAMPLERS, num_grid_points
+from search.samplers.sampler import SAMPLERS, num_grid_points
 from search.space import Choice, Domain, Float, Int, Space
 from search.sweep import METRIC_MODES, PARAM_LIMITS, Sweep, TrialParams, WeightsSpec
 

@@ -20,14 +20,14 @@ from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
 from lightning_modules.seeds import derive_seed
-from search import tuner
 from search.comparison import interval, paired_difference, probability_best
 from search.config import dump_sweep
 from search.folder import lock
-from search.record import Record
-from search.recorded import Trial
 from search.results import has_checkpoint, rank, score, verdict
+from search.study.record import Record
+from search.study.recorded import Trial
 from search.sweep import Sweep, TrialParams
+from search.tuning import tuner
 
 
 def confirm_sweep(

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_modules.errors import InputError
 from search.config import load_sweep
-from search.record import Record
-from search.recorded import Trial
+from search.study.record import Record
+from search.study.recorded import Trial
 from search.sweep import Sweep
 
 

@@ -6,9 +6,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from search.record import Record
-from search.recorded import Trial
 from search.results import rank, verdict
+from search.study.record import Record
+from search.study.recorded import Trial
 
 
 def print_trials(console: Console, record: Record, *, num_rows: int) -> None:

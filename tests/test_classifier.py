@@ -19,7 +19,7 @@ from lightning_modules.data.datamodule import Batch, PackDataModule
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
-from search.checkpoint import AtomicCheckpointIO
+from search.tuning.checkpoint import AtomicCheckpointIO
 
 Data = tuple[Manifest, Pack]
 MakeData = Callable[..., Data]

@@ -21,8 +21,8 @@ from PIL import Image
 from lightning_modules.errors import InputError
 from search.cli import main
 from search.config import dump_sweep, load_sweep
-from search.record import Record
-from search.recorded import Epoch, State
+from search.study.record import Record
+from search.study.recorded import Epoch, State
 
 COMMANDS = ("launch", "resume", "top", "export", "predict")
 

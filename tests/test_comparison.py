@@ -8,8 +8,8 @@ from scipy import stats
 
 from search.comparison import interval, paired_difference, probability_best
 from search.confirm import compare
-from search.recorded import Trial
 from search.results import verdict
+from search.study.recorded import Trial
 from search.sweep import DataSettings, Sweep, TrialParams
 
 

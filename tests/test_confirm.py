@@ -7,8 +7,8 @@ import pytest
 from search.cli import main
 from search.config import load_sweep
 from search.confirm import seeds_of
-from search.record import Record
 from search.results import best_trial, open_sweep, rank
+from search.study.record import Record
 
 pytestmark = pytest.mark.slow
 

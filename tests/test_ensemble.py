@@ -14,11 +14,11 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.network_files import Mixture, module_logits
+from search.bundles.ensemble import Method, average, ensemble_sweep, scorer
+from search.bundles.export import load_trial, write_bundle
 from search.data import prepare_data
-from search.ensemble import Method, average, ensemble_sweep, scorer
-from search.export import load_trial, write_bundle
-from search.record import Record
 from search.results import open_sweep, rank
+from search.study.record import Record
 
 
 def classifier(seed: int) -> ImageClassifier:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from search.ensemble_weights import greedy_weights, grid_weights
+from search.bundles.ensemble_weights import greedy_weights, grid_weights
 
 LABELS = np.array([0, 1, 2, 0, 1, 2])
 

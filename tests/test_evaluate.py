@@ -28,10 +28,10 @@ from lightning_modules.calibration import softmax
 from lightning_modules.corruptions import STRENGTHS, corrupt
 from lightning_modules.data.manifest import read_manifest
 from lightning_modules.errors import InputError
-from search.evaluate import evaluate_bundle
-from search.evaluation_log import log_evaluation, read_log
-from search.evaluation_scores import Bootstrap, Predictions, describe
-from search.evaluation_tables import print_evaluation
+from search.evaluation.evaluate import evaluate_bundle
+from search.evaluation.log import log_evaluation, read_log
+from search.evaluation.scores import Bootstrap, Predictions, describe
+from search.evaluation.tables import print_evaluation
 
 CLASSES = ("benign_tumor", "malignant_tumor", "no_stroke", "no_tumor", "stroke")
 GREY = (20, 70, 120, 170, 220)

@@ -33,9 +33,9 @@ from lightning_modules.explain import (
     untrained_network,
 )
 from lightning_modules.state_dicts import to_torchvision
-from search.explain import explain_images, print_explanation
-from search.explanation_tests import point_at_phantoms, run_tests
-from search.gallery import choose_cases, draw_overlay
+from search.explanation.checks import point_at_phantoms, run_tests
+from search.explanation.explain import explain_images, print_explanation
+from search.explanation.gallery import choose_cases, draw_overlay
 
 SIZE_PX = 32
 CLASSES = ("benign_tumor", "malignant_tumor", "no_stroke", "no_tumor", "stroke")

@@ -17,13 +17,13 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.network_files import module_logits, pt2_logits, safetensors_logits
-from search import export
-from search.bundle_config import describe_trial
+from search.bundles import export
+from search.bundles.config import describe_trial
+from search.bundles.export import Parity, compare, write_bundle
 from search.config import load_sweep
 from search.data import prepare_data
-from search.export import Parity, compare, write_bundle
-from search.record import Record
-from search.recorded import Epoch, Trial
+from search.study.record import Record
+from search.study.recorded import Epoch, Trial
 from search.sweep import DataSettings, Sweep
 
 

@@ -20,7 +20,7 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.feature_cache import FeatureCache
 from lightning_modules.feature_store import FeatureStore
-from search.checkpoint import AtomicCheckpointIO
+from search.tuning.checkpoint import AtomicCheckpointIO
 
 Data = tuple[Manifest, Pack]
 MakeData = Callable[..., Data]

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lightning_modules.errors import InputError
-from search.markdown import escape, table
-from search.model_card import write_card
+from search.card.markdown import escape, table
+from search.card.model_card import write_card
 
 COUNTS = {
     "train": {"images": 20, "groups": 11},

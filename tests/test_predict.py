@@ -23,7 +23,7 @@ from rich.console import Console
 from lightning_modules import bundle as bundle_module
 from lightning_modules.bundle import MODEL_FILES, Bundle, load_bundle
 from lightning_modules.errors import InputError
-from search.predict import Form, predict_files, print_predictions
+from search.bundles.predict import Form, predict_files, print_predictions
 
 SIZE_PX = 8
 
@@ -217,7 +217,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from lightning_modules.bundle import load_bundle
-from search.predict import predict_files, print_predictions
+from search.bundles.predict import predict_files, print_predictions
 bundle = load_bundle(Path(sys.argv[1]))
 print_predictions(Console(), bundle, predict_files(bundle, [Path(sys.argv[2])]), "csv")
 heavy = {"torch", "ray", "optuna", "pytorch_lightning", "pandas", "pydicom", "nibabel"}

@@ -15,11 +15,11 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from lightning_modules.data.phantom import PhantomSettings
-from search import study_storage
-from search.ray_memory import forget_finished
-from search.record import Record
-from search.recorded import CheckpointFile, Epoch
+from search.study import storage as study_storage
+from search.study.record import Record
+from search.study.recorded import CheckpointFile, Epoch
 from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
+from search.tuning.ray_memory import forget_finished
 
 
 @pytest.fixture

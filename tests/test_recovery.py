@@ -19,12 +19,12 @@ from sqlalchemy.engine import Engine
 
 from lightning_modules.data.phantom import PhantomSettings
 from lightning_modules.seeds import derive_seed
-from search.record import Record
-from search.recorded import Trial
-from search.scheduler import ResumableASHA
-from search.searcher import EndOfSweep, StudyRecorder, StudySearcher
 from search.space import Float, Int
+from search.study.record import Record
+from search.study.recorded import Trial
 from search.sweep import DataSettings, SchedulerSettings, SearchSettings, Sweep, TrainingSettings
+from search.tuning.scheduler import ResumableASHA
+from search.tuning.searcher import EndOfSweep, StudyRecorder, StudySearcher
 
 
 class Killed(BaseException):
@@ -260,7 +260,7 @@ def test_a_time_budget_ends_every_trial_and_tells_it(
     )
     sweep.folder.mkdir(parents=True)
     clock_s = [0.0]
-    monkeypatch.setattr("search.searcher.time.monotonic", lambda: clock_s[0])
+    monkeypatch.setattr("search.tuning.searcher.time.monotonic", lambda: clock_s[0])
 
     def take_ten_seconds(number: int, epoch: int) -> None:
         clock_s[0] += 10

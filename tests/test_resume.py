@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from search.record import Record
-from search.recorded import Trial
 from search.results import open_sweep, rank
+from search.study.record import Record
+from search.study.recorded import Trial
 
 SWEEP = """
 name: resumed

@@ -15,10 +15,10 @@ from optuna.trial import Trial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
-from search import gp_sampler
-from search.sampler import SAMPLERS, build_sampler, num_grid_points
+from search.samplers import gp_sampler
+from search.samplers.sampler import SAMPLERS, build_sampler, num_grid_points
+from search.samplers.surrogate import Surrogate
 from search.space import Choice, Float, Int, Space, to_distributions
-from search.surrogate import Surrogate
 
 Params = dict[str, Any]
 RUNGS = (1, 2, 3)

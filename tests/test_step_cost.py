@@ -9,8 +9,8 @@ import torch
 
 from lightning_modules import step_cost
 from lightning_modules.step_cost import StepCost, choose_precisions, measure_step
-from search.resources import share_of, shares_of
 from search.sweep import TrialParams
+from search.tuning.resources import share_of, shares_of
 
 CPU = torch.device("cpu")
 

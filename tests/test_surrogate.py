@@ -7,8 +7,8 @@ import pytest
 from scipy.integrate import quad  # type: ignore[import-untyped]
 from scipy.stats import multivariate_normal, norm  # type: ignore[import-untyped]
 
-from search.gp_sampler import compress
-from search.surrogate import Surrogate, log_expected_improvement
+from search.samplers.gp_sampler import compress
+from search.samplers.surrogate import Surrogate, log_expected_improvement
 
 UNORDERED = np.array([False, False, True])
 

@@ -15,9 +15,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torchvision.models import mobilenet_v2
 
 from lightning_modules.data.phantom import render_slice
-from search.record import Record
-from search.recorded import Trial
 from search.results import open_sweep, rank
+from search.study.record import Record
+from search.study.recorded import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 

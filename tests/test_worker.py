@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from search import worker
-from search.scheduler import ResumableASHA
 from search.sweep import DataSettings, Sweep, TrainingSettings
-from search.worker import Footprint, Worker, measure_footprint
+from search.tuning import worker
+from search.tuning.scheduler import ResumableASHA
+from search.tuning.worker import Footprint, Worker, measure_footprint
 
 MIB = 2**20
 

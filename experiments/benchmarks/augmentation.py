@@ -275,7 +275,9 @@ def main() -> None:
         options.cells.write_text(json.dumps(run_cpu(options)))
         return
 
-    from search.tuner import WORKER_ENVIRONMENT  # late: Ray is of no use to the other processes
+    from search.tuning.tuner import (
+        WORKER_ENVIRONMENT,  # late: Ray is of no use to the other processes
+    )
 
     record = provenance("torch", "torchvision", "kornia")
     # glibc as it is: a setting in this shell would make both alike.

@@ -24,7 +24,7 @@ from lightning_modules.data.phantom import CLASSES, render_slice
 from lightning_modules.explain import untrained_network
 from lightning_modules.seeds import derive_seed
 from lightning_modules.state_dicts import from_torchvision, match_state_dict, read_state_dict
-from search.explanation_tests import point_at_phantoms, run_tests, to_intensities
+from search.explanation.checks import point_at_phantoms, run_tests, to_intensities
 
 BATCH_SIZE = 16
 

@@ -114,9 +114,9 @@ def simulate(folder: str, num_trials: int, sampler: str) -> dict[str, Any]:
     """Drives a sweep's own parts in the order of Ray's controller, one trial at a time."""
     from ray.tune.schedulers import TrialScheduler
 
-    from search.record import Record
-    from search.scheduler import ResumableASHA
-    from search.searcher import EndOfSweep, StudyRecorder, StudySearcher
+    from search.study.record import Record
+    from search.tuning.scheduler import ResumableASHA
+    from search.tuning.searcher import EndOfSweep, StudyRecorder, StudySearcher
 
     sweep = make_sweep(folder, num_trials, sampler)
     record = Record.create(sweep, {})
@@ -343,8 +343,8 @@ def run_ours(
     folder: str, num_trials: int, workers: int, sleep_s: float, has_asha: bool
 ) -> dict[str, Any]:
     """The product's tuner with trials that do not train."""
-    from search import tuner
-    from search.record import Record
+    from search.study.record import Record
+    from search.tuning import tuner
 
     max_epochs = MAX_EPOCHS if has_asha else 1
     sweep = make_sweep(

@@ -31,7 +31,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from lightning_modules.seeds import derive_seed
-from search.sampler import build_sampler
+from search.samplers.sampler import build_sampler
 from search.space import Float, Int, Space, from_unit, to_distributions
 
 MAX_EPOCHS = 52

@@ -35,8 +35,8 @@ from measurement import (
 
 from lightning_modules.data.manifest import read_manifest
 from search.config import load_sweep
-from search.record import Record, Trial
 from search.results import open_sweep
+from search.study.record import Record, Trial
 from search.sweep import Sweep
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "ray", "optuna", "kornia", "torchmetrics")

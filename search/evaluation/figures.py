@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from lightning_modules.scores import NUM_BINS
-from search.evaluation_scores import Predictions
+from search.evaluation.scores import Predictions
 
 _DPI = 120
 _MAX_NAME_CHARACTERS = 24

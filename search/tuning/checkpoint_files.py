@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lightning_modules.files import sha256_of
-from search.recorded import CheckpointFile, Epoch
+from search.study.recorded import CheckpointFile, Epoch
 
 
 def is_whole(folder: Path, checkpoint: CheckpointFile) -> bool:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from search.record import Record
-from search.scheduler import ResumableASHA
+from search.study.record import Record
+from search.tuning.scheduler import ResumableASHA
 
 
 class Progress(TrialProgressCallback):

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_modules.scores import CALIBRATION, DECISION, PER_CLASS
-from search.evaluation_scores import MERGED, NEGATIVES
+from search.evaluation.scores import MERGED, NEGATIVES
 
 _NAMES = {
     "macro_f1": "macro-F1",

@@ -13,9 +13,9 @@ from lightning_modules.corruptions import STRENGTHS, corrupt
 from lightning_modules.errors import InputError
 from lightning_modules.scores import confusion_matrix, score_decisions
 from lightning_modules.seeds import derive_seed
-from search.evaluation_data import ImageSet, Progress
-from search.evaluation_log import read_log
-from search.evaluation_scores import Predictions
+from search.evaluation.data import ImageSet, Progress
+from search.evaluation.log import read_log
+from search.evaluation.scores import Predictions
 
 # Twelve corruptions of each: more would take longer than everything else.
 MAX_CORRUPTED_IMAGES = 1000

@@ -18,9 +18,9 @@ from torch.utils.tensorboard.summary import hparams
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import Steps
 from lightning_modules.feature_cache import FeatureCache
-from search.checkpoint import AtomicCheckpointIO
-from search.figures import draw_confusion, tile
-from search.recorded import CheckpointFile
+from search.study.recorded import CheckpointFile
+from search.tuning.checkpoint import AtomicCheckpointIO
+from search.tuning.figures import draw_confusion, tile
 
 CURVES = (
     "train_loss",

@@ -9,11 +9,11 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_modules.seeds import derive_seed
+from search.samplers.space_sampler import RungSampler, sobol_point, value_at
+from search.samplers.surrogate import Surrogate, log_expected_improvement
 from search.space import Choice, Float, Int, from_unit, to_unit
-from search.space_sampler import RungSampler, sobol_point, value_at
-from search.surrogate import Surrogate, log_expected_improvement
 
-# Measured like the levers of the TPE in search/sampler.py, on the same 17 tasks. The regrets are
+# Measured like the levers of the TPE in samplers/sampler.py, on the same 17 tasks. The regrets are
 # against the best of a search with 2400 full trainings, so the benchmark's table shows less.
 MIN_OBSERVATIONS = 5  # trials before there is a model
 # Drawn as points of a Sobol sequence, without the model. At budgets of 5 and 60 the regret is 0.345

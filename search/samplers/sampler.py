@@ -21,9 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
-from search.gp_sampler import RungGPSampler
+from search.samplers.gp_sampler import RungGPSampler
+from search.samplers.space_sampler import RungSampler, SpaceSampler, sobol_point, value_at
 from search.space import Choice, Space, from_unit, grid_of, to_unit
-from search.space_sampler import RungSampler, SpaceSampler, sobol_point, value_at
 
 SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
 

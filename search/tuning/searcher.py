@@ -12,12 +12,12 @@ from typing import Any
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from search.checkpoint_files import newest_whole, remove_all_but
-from search.record import Record, encode_metrics
-from search.recorded import CheckpointFile, Epoch, Trial
-from search.scheduler import ResumableASHA
-from search.study_storage import STORAGE_ERRORS
+from search.study.record import Record, encode_metrics
+from search.study.recorded import CheckpointFile, Epoch, Trial
+from search.study.storage import STORAGE_ERRORS
 from search.sweep import METRIC_MODES
+from search.tuning.checkpoint_files import newest_whole, remove_all_but
+from search.tuning.scheduler import ResumableASHA
 
 # What the operating system says when it is the storage's fault and not the trial's: no space left,
 # read-only, not permitted, quota used up.

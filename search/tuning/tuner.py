@@ -34,9 +34,10 @@ from lightning_modules.files import write_atomically
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
-from search.progress import Progress
-from search.record import Record
-from search.resources import (
+from search.study.record import Record
+from search.sweep import Sweep, TrialParams
+from search.tuning.progress import Progress
+from search.tuning.resources import (
     Shares,
     check_devices,
     max_concurrent,
@@ -46,10 +47,9 @@ from search.resources import (
     shares_of,
     whole_resources,
 )
-from search.scheduler import ResumableASHA
-from search.searcher import EndOfSweep, StudyRecorder, StudySearcher
-from search.sweep import Sweep, TrialParams
-from search.trial import Run, train_trial
+from search.tuning.scheduler import ResumableASHA
+from search.tuning.searcher import EndOfSweep, StudyRecorder, StudySearcher
+from search.tuning.trial import Run, train_trial
 
 # For workers. glibc gives memory back to the system after every step and faults it in again on the
 # next, which takes up to half of a training step on a CPU. Kept instead, it stays at its peak.

@@ -19,11 +19,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
-from search.recorded import CheckpointFile, Epoch, State, Trial
-from search.sampler import build_sampler
+from search.samplers.sampler import build_sampler
 from search.space import to_distributions
-from search.study_storage import STORAGE_ERRORS, open_storage, unreachable, write_ahead
-from search.study_tables import KnownTrials, StudyTables, known_trial
+from search.study.recorded import CheckpointFile, Epoch, State, Trial
+from search.study.storage import STORAGE_ERRORS, open_storage, unreachable, write_ahead
+from search.study.tables import KnownTrials, StudyTables, known_trial
 from search.sweep import Sweep, TrialParams
 
 STATES: dict[TrialState, State] = {

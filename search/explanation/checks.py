@@ -29,7 +29,7 @@ from lightning_modules.explain import (
     integrated_gradients,
 )
 from lightning_modules.seeds import derive_seed
-from search.evaluation_data import Progress
+from search.evaluation.data import Progress
 
 # Images explained at a time: bounds the memory.
 BATCH_SIZE = 16

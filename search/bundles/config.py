@@ -17,9 +17,9 @@ from lightning_modules.bundle import FORMAT, USE
 from lightning_modules.data.manifest import SPLITS, Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.weights import IMAGENET_MEAN, IMAGENET_STD
-from search.record import Record
-from search.recorded import Trial
 from search.space import Choice
+from search.study.record import Record
+from search.study.recorded import Trial
 from search.sweep import Sweep
 
 EXPORTED_WITH = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy", "pillow")

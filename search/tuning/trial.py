@@ -23,12 +23,12 @@ from lightning_modules.errors import InputError
 from lightning_modules.feature_cache import FeatureCache
 from lightning_modules.feature_store import FeatureStore
 from lightning_modules.weights import WeightOrigin, num_initial_backbones
-from search.callbacks import ReportEpoch, TensorBoardCurves
-from search.checkpoint import AtomicCheckpointIO
 from search.data import check_same_data, prepare_data
 from search.space import Choice
 from search.sweep import Sweep, TrialParams
-from search.worker import WORKER
+from search.tuning.callbacks import ReportEpoch, TensorBoardCurves
+from search.tuning.checkpoint import AtomicCheckpointIO
+from search.tuning.worker import WORKER
 
 # Lightning warns of what is meant here: frozen stages in eval mode, batches without worker
 # processes (there is nothing to decode), few batches an epoch.

@@ -7,9 +7,9 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from search.ray_memory import forget_finished
-from search.recorded import Trial
+from search.study.recorded import Trial
 from search.sweep import Sweep
+from search.tuning.ray_memory import forget_finished
 
 
 class ResumableASHA(ASHAScheduler):

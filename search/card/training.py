@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_modules.data.manifest import SPLITS
-from search.checklists import TO_FILL
-from search.markdown import escape, mapping, number, say, table
+from search.card.checklists import TO_FILL
+from search.card.markdown import escape, mapping, number, say, table
 
 SPLIT_NAMES = {"train": "train", "val": "validation (tuning)", "test": "test (locked)"}
 

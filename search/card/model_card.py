@@ -17,17 +17,17 @@ import yaml
 from lightning_modules.bundle import MODEL_FILES, read_config
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
-from search.card_results import describe_evaluations, describe_explanation
-from search.card_training import (
+from search.card.checklists import TO_FILL, answer_items
+from search.card.markdown import escape, mapping, number, say, table
+from search.card.results import describe_evaluations, describe_explanation
+from search.card.training import (
     describe_calibration,
     describe_data,
     describe_search,
     describe_validation,
     describe_weights,
 )
-from search.checklists import TO_FILL, answer_items
-from search.evaluation_log import LOG_FILE
-from search.markdown import escape, mapping, number, say, table
+from search.evaluation.log import LOG_FILE
 
 CARD_FILE = "README.md"
 EXPLANATION_FILE = "explanation/explanation.json"

@@ -24,15 +24,15 @@ from lightning_modules.data.volumes import decode_slices, read_file
 from lightning_modules.errors import InputError
 from lightning_modules.explain import enlarge, load_network, untrained_network
 from lightning_modules.seeds import derive_seed
-from search.evaluation_data import Progress, read_manifest_or_sweep
-from search.explanation_tests import (
+from search.evaluation.data import Progress, read_manifest_or_sweep
+from search.explanation.checks import (
     BATCH_SIZE,
     METHODS,
     point_at_phantoms,
     run_tests,
     to_intensities,
 )
-from search.gallery import Case, Pixels, choose_cases, draw_overlay, png, write_gallery
+from search.explanation.gallery import Case, Pixels, choose_cases, draw_overlay, png, write_gallery
 
 FORMAT = 1
 

@@ -26,15 +26,15 @@ from lightning_modules.network_files import (
     write_network,
 )
 from lightning_modules.weights import WeightOrigin
-from search.bundle_config import Chosen, describe_trial
-from search.checkpoint import AtomicCheckpointIO
-from search.checkpoint_files import is_whole
+from search.bundles.config import Chosen, describe_trial
+from search.card.model_card import write_card
 from search.data import check_same_data, prepare_data
-from search.model_card import write_card
-from search.record import Record
-from search.recorded import Trial
 from search.results import best_trial
-from search.trial import build_module
+from search.study.record import Record
+from search.study.recorded import Trial
+from search.tuning.checkpoint import AtomicCheckpointIO
+from search.tuning.checkpoint_files import is_whole
+from search.tuning.trial import build_module
 
 # The largest difference of a logit between the module and any of the files.
 TOLERANCE = 1e-3

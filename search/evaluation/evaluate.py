@@ -18,7 +18,7 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
 from lightning_modules.scores import CALIBRATION, DECISION
-from search.evaluation_data import (
+from search.evaluation.data import (
     ImageSet,
     Progress,
     count_named_alike,
@@ -27,9 +27,9 @@ from search.evaluation_data import (
     read_own,
     take_test_rows,
 )
-from search.evaluation_figures import draw_evaluation
-from search.evaluation_log import Run, log_evaluation
-from search.evaluation_model import (
+from search.evaluation.figures import draw_evaluation
+from search.evaluation.log import Run, log_evaluation
+from search.evaluation.model import (
     Model,
     open_baseline,
     open_model,
@@ -37,7 +37,7 @@ from search.evaluation_model import (
     reordered,
     score_corrupted,
 )
-from search.evaluation_scores import Bootstrap, Predictions, compare, describe
+from search.evaluation.scores import Bootstrap, Predictions, compare, describe
 
 FORMAT = 1
 

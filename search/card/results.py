@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search.markdown import escape, image, mapping, number, say, table
+from search.card.markdown import escape, image, mapping, number, say, table
 
 MAX_ROWS = 200
 MAX_FIGURES = 6

@@ -1,0 +1,1 @@
+"""What is handed over: written, mixed, and used."""

@@ -1,0 +1,1 @@
+"""What a bundle looks at, shown and tested."""

@@ -1,0 +1,1 @@
+"""Where the next trial's params come from."""

@@ -1,0 +1,1 @@
+"""How Ray Tune is driven, and what runs in its workers."""
