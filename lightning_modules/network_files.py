@@ -84,13 +84,25 @@ def write_network(members: Members, image_size_px: int, folder: Path) -> None:
             # Trials share their frozen stages' tensors, which a file of tensors may not.
             state[prefix + name] = tensor.contiguous().clone()
     safetensors.torch.save_file(state, folder / "model.safetensors")
-    network = network_of(members).to(memory_format=torch.contiguous_format)
+    program = write_onnx(network_of(members), image_size_px, folder / "model.onnx")
+    with _silent():
+        torch.export.save(program, folder / "model.pt2")
+
+
+def write_onnx(network: nn.Module, image_size_px: int, path: Path) -> torch.export.ExportedProgram:
+    """Write a network as one ONNX file; return the program it was made of.
+
+    Args:
+        network: From grey intensities to logits, in eval mode; its tensors are laid out anew.
+        image_size_px: Height and width of the images.
+        path: Where to.
+    """
+    network = network.to(memory_format=torch.contiguous_format)
     example = torch.zeros(2, 1, image_size_px, image_size_px)
     shapes = {"intensities": {0: torch.export.Dim("batch")}}
     with _silent():
         program = torch.export.export(network, (example,), dynamic_shapes=shapes)
         _forget_source(program.graph_module)
-        torch.export.save(program, folder / "model.pt2")
         onnx_program = torch.onnx.export(
             program,
             (),
@@ -101,7 +113,8 @@ def write_network(members: Members, image_size_px: int, folder: Path) -> None:
         )
         # By default the weights would go into a second file.
         assert onnx_program is not None  # noqa: S101  it is with dynamo=True; narrows the type
-        onnx_program.save(folder / "model.onnx", external_data=False)
+        onnx_program.save(path, external_data=False)
+    return program
 
 
 def module_logits(members: Members, images: Images) -> Logits:

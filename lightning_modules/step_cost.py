@@ -111,7 +111,7 @@ def choose_precisions(
     known: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = dict(json.loads(path.read_bytes()))
-    where = f"{_name_of(device)} torch {torch.__version__} {torch.get_num_threads()} threads"
+    where = f"{name_of_device(device)} torch {torch.__version__} {torch.get_num_threads()} threads"
     chosen = {}
     for backbone in backbones:
         key = f"{where} {backbone} {image_size_px} px"
@@ -142,7 +142,8 @@ def _computes_in_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _name_of(device: torch.device) -> str:
+def name_of_device(device: torch.device) -> str:
+    """Return what a GPU or a CPU calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):

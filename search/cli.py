@@ -86,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     top = _command(subparsers, "top", commands.top, "rank a sweep's trials, also while it runs")
     _sweep_options(top)
     top.add_argument("--num", type=_positive, default=20, metavar="N", help="rows to print (20)")
+    top.add_argument(
+        "--pareto", action="store_true", help="print the best at each cost: latency, size"
+    )
+    top.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the metric against cost")
 
     confirm = _command(
         subparsers, "confirm", commands.confirm, "train the best trials again with fresh seeds"

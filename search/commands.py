@@ -165,7 +165,16 @@ def top(options: argparse.Namespace) -> None:
     from search.trial_table import print_trials
 
     record = Record.open(open_sweep(options.name, options.storage))
-    print_trials(_console(), record, num_rows=options.num)
+    console = _console()
+    if not (options.pareto or options.plot):
+        print_trials(console, record, num_rows=options.num)
+        return
+    from search.pareto import draw_front, print_front
+
+    print_front(console, record)
+    if options.plot is not None:
+        draw_front(record, options.plot)
+        console.print(f"written to {options.plot}", soft_wrap=True)
 
 
 def confirm(options: argparse.Namespace) -> None:

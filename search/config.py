@@ -17,7 +17,7 @@ from lightning_modules.stages import BACKBONES, check_image_size
 from lightning_modules.strict_yaml import load_yaml
 from search.samplers.sampler import SAMPLERS, num_grid_points
 from search.space import Choice, Domain, Float, Int, Space
-from search.sweep import METRIC_MODES, PARAM_LIMITS, Sweep, TrialParams, WeightsSpec
+from search.sweep import COSTS, METRIC_MODES, PARAM_LIMITS, Sweep, TrialParams, WeightsSpec
 
 MAX_SWEEP_FILE_BYTES = 1 << 20
 
@@ -88,9 +88,10 @@ def _build_sweep(document: dict[str, Any], base: Path) -> Sweep:
     _check_keys("", document, known)
     if "data" not in document:
         raise InputError("data must say which images: data.path, or data.phantom")
-    plain = {k: v for k, v in document.items() if k not in ("space", "weights")}
+    plain = {k: v for k, v in document.items() if k not in ("space", "weights", "objectives")}
     sweep: Sweep = _build(Sweep, plain, "")
     changes: dict[str, Any] = {
+        **_build_objectives(document),
         # Results belong where the command is run, not beside the sweep file.
         "storage": str(Path(sweep.storage).expanduser().resolve()),
         "weights": _build_weights(document.get("weights", "imagenet"), base),
@@ -184,6 +185,26 @@ def _number(value: Any, hint: type[int] | type[float], dotted: str) -> int | flo
     if abs(value) > 2**53:
         raise InputError(f"{dotted} must be within plus or minus 2**53; got {_shown(value)}")
     return hint(value)
+
+
+def _build_objectives(document: dict[str, Any]) -> dict[str, Any]:
+    """Read the metric and the cost that are searched together; the metric is the sweep's, too."""
+    given = document.get("objectives")
+    if given is None:
+        return {}
+    if not isinstance(given, list) or len(given) != 2:
+        raise InputError(
+            f"objectives must be a metric and a cost, such as [val_macro_f1, latency_ms]; got "
+            f"{_shown(given)}"
+        )
+    metric = _one_of(given[0], tuple(METRIC_MODES), "the first of objectives")
+    cost = _one_of(given[1], COSTS, "the second of objectives")
+    if document.get("metric", metric) != metric:
+        raise InputError(
+            f"metric must be the first of objectives, {metric}; got {_shown(document['metric'])}: "
+            "leave one of them out"
+        )
+    return {"metric": metric, "objectives": (metric, cost)}
 
 
 def _build_weights(given: Any, base: Path) -> dict[str, WeightsSpec]:
@@ -300,6 +321,11 @@ def _checked(sweep: Sweep) -> Sweep:
     for name in BACKBONES:
         if name in sweep.backbones and name not in sweep.weights:
             raise InputError(f"weights must name initial weights for {name}, which is searched")
+    if sweep.objectives is not None and len(sweep.backbones) < 2:
+        raise InputError(
+            f"objectives need several backbones in space.backbone, since {sweep.cost} is the "
+            f"backbone's alone; got {sweep.backbones[0]}"
+        )
     _check_params(sweep)
     for name in sweep.backbones:
         try:
@@ -336,6 +362,11 @@ def _check_sampler(sweep: Sweep) -> None:
     ):
         raise InputError(
             "search.sampler cma_es must have a range to search; space has only choices: use tpe"
+        )
+    if sweep.objectives is not None and sweep.search.sampler in ("tpe", "cma_es"):
+        raise InputError(
+            "search.sampler must be gp, random, or grid with two objectives; got "
+            f"{sweep.search.sampler}, which knows one"
         )
     if sweep.search.sampler == "grid":
         num_points = num_grid_points(sweep.space)

@@ -23,6 +23,7 @@ from lightning_modules.seeds import derive_seed
 from search.comparison import interval, paired_difference, probability_best
 from search.config import dump_sweep
 from search.folder import lock
+from search.pareto import front
 from search.results import has_checkpoint, rank, score, verdict
 from search.study.record import Record
 from search.study.recorded import Trial
@@ -200,6 +201,10 @@ def _candidates(record: Record, top: int) -> list[Trial]:
             f"`neurosweep resume {record.sweep.reference}`"
         )
     best = ranked[:top]
+    if record.costs:
+        # Where cost counts, the best at each cost are winners of their own.
+        cheap = [point.trial for point in front(record) if point.trial in ranked]
+        best += [trial for trial in cheap if trial not in best]
     baseline = [trial for trial in trials if trial.number == 0 and trial not in best]
     return [*best, *baseline]
 
@@ -213,6 +218,7 @@ def _confirming(sweep: Sweep, num_trials: int) -> Sweep:
         sweep,
         name=f"{sweep.name[:56]}-confirm",
         storage=str(sweep.folder),
+        objectives=None,
         search=search,
         scheduler=None,
     )

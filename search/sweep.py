@@ -16,6 +16,9 @@ from search.space import Choice, Float, Int, Space
 # What a sweep may rank by, and which way is better.
 METRIC_MODES = {"val_macro_f1": "max", "val_accuracy": "max", "val_loss": "min"}
 
+# What a sweep may want little of besides: both are the backbone's, whatever its weights.
+COSTS = ("latency_ms", "size_mib")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialParams:
@@ -123,7 +126,8 @@ class SearchSettings:
             ``grid``.
         max_concurrent_trials: As many as the resources allow, if not given.
         time_budget_s: No trial goes on after this many seconds.
-        keep_trials: How many of the best trials keep their checkpoints, beside the baseline.
+        keep_trials: How many of the best trials keep their checkpoints, beside the baseline; of
+            each cost, where that is an objective.
     """
 
     num_trials: int = 32
@@ -180,6 +184,8 @@ class Sweep:
         name: Names the sweep's folder, study, and TensorBoard runs.
         seed: Everything random in the sweep is a function of it.
         metric: What trials are ranked by; the best epoch counts.
+        objectives: The metric, and a cost out of ``COSTS``: searched for the best at every cost.
+            None searches for the best alone.
         storage: The folder that holds the sweep's folder.
         study_url: Any Optuna storage; SQLite in the sweep's folder if not given.
         weights: Initial weights of each backbone.
@@ -196,6 +202,7 @@ class Sweep:
     name: str
     seed: int = 0
     metric: str = "val_macro_f1"
+    objectives: tuple[str, str] | None = None
     storage: str = "sweeps"
     study_url: str | None = None
     weights: dict[str, WeightsSpec] = field(default_factory=dict)
@@ -212,6 +219,11 @@ class Sweep:
     def mode(self) -> str:
         """``max`` or ``min``: which way the metric is better."""
         return METRIC_MODES[self.metric]
+
+    @property
+    def cost(self) -> str | None:
+        """The second objective, if there is one."""
+        return None if self.objectives is None else self.objectives[1]
 
     @property
     def folder(self) -> Path:

@@ -39,8 +39,8 @@ def message_of(folder: Path, text: str, overrides: dict[str, Any] | None = None)
 
 
 TOP_LEVEL = (
-    "augmentation, data, metric, name, params, resources, scheduler, search, seed, space, storage, "
-    "study_url, training, weights"
+    "augmentation, data, metric, name, objectives, params, resources, scheduler, search, seed, "
+    "space, storage, study_url, training, weights"
 )
 WEIGHTS_RULE = "weights must be imagenet, random, a path, or a list of these; got"
 
@@ -90,6 +90,29 @@ BAD_SETTINGS = {
     "training: {max_epochs: 0}": "training.max_epochs must be in [1, 10000]; got 0",
     "training: {warmup_epochs: 12.5}": "training.warmup_epochs must be in [0, 12]; got 12.5",
     "search: {num_trials: 1000001}": "search.num_trials must be in [1, 1000000]; got 1000001",
+    "objectives: val_macro_f1": (
+        "objectives must be a metric and a cost, such as [val_macro_f1, latency_ms]; got "
+        "'val_macro_f1'"
+    ),
+    "objectives: [val_macro_f1, latency]": (
+        "the second of objectives must be one of latency_ms, size_mib; got 'latency'; did you mean "
+        "latency_ms?"
+    ),
+    "objectives: [latency_ms, val_macro_f1]": (
+        "the first of objectives must be one of val_macro_f1, val_accuracy, val_loss; got "
+        "'latency_ms'"
+    ),
+    "metric: val_loss\nobjectives: [val_macro_f1, latency_ms]": (
+        "metric must be the first of objectives, val_macro_f1; got 'val_loss': leave one of them "
+        "out"
+    ),
+    "search: {sampler: tpe}\nobjectives: [val_macro_f1, latency_ms]": (
+        "search.sampler must be gp, random, or grid with two objectives; got tpe, which knows one"
+    ),
+    "space: {dropout: [0.3]}\nobjectives: [val_macro_f1, latency_ms]": (
+        "objectives need several backbones in space.backbone, since latency_ms is the backbone's "
+        "alone; got mobilenet_v2"
+    ),
     "search: {keep_trials: 0}": "search.keep_trials must be in [1, 10000]; got 0",
     "search: {max_concurrent_trials: 0}": (
         "search.max_concurrent_trials must be in [1, 100000]; got 0"

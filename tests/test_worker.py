@@ -103,7 +103,7 @@ def test_a_leaking_worker_ends_with_its_trial(result: dict[str, Any], reused: bo
         scheduler=None,
         training=TrainingSettings(max_epochs=9),
     )
-    trial = Trial("t", {"number": 0})
+    trial = Trial("t", {"number": 0, "params": {"backbone": "resnet50"}})
     controller = SimpleNamespace(_started_actors={"a", "b"}, _trial_to_actor={trial: "a"})
     scheduler = ResumableASHA(sweep)
     scheduler.on_trial_add(controller, trial)

@@ -17,7 +17,7 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.files import sha256_of, write_atomically
-from lightning_modules.latency import measure_latency_ms
+from lightning_modules.network_cost import MEASURED_ON, cost_of_file
 from lightning_modules.network_files import (
     Members,
     module_logits,
@@ -131,11 +131,8 @@ def write_bundle(
             "nll_before": _nll(logits, labels, 1.0),
             "nll_after": _nll(logits, labels, config["temperature"]),
         }
-        config["cost"] = {
-            "latency_ms": measure_latency_ms(folder / "model.onnx", pack.image_size_px),
-            "measured_on": "one image, one CPU thread, ONNX Runtime",
-            "size_mib": (folder / "model.onnx").stat().st_size / 2**20,
-        }
+        cost = cost_of_file(folder / "model.onnx", pack.image_size_px)
+        config["cost"] = {**dataclasses.asdict(cost), "measured_on": MEASURED_ON}
         config["parity"] = {
             **dataclasses.asdict(parity),
             "largest_difference": parity.largest_difference,

@@ -1,6 +1,6 @@
 """The gp sampler: one model of all rungs, which is asked for the end of the training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_modules.seeds import derive_seed
+from search.cost_levels import CostLevels
 from search.samplers.space_sampler import RungSampler, sobol_point, value_at
 from search.samplers.surrogate import Surrogate, log_expected_improvement
-from search.space import Choice, Float, Int, from_unit, to_unit
+from search.space import Choice, Float, Int, Space, from_unit, to_unit
 
 # Measured like the levers of the TPE in samplers/sampler.py, on the same 17 tasks. The regrets are
 # against the best of a search with 2400 full trainings, so the benchmark's table shows less.
@@ -39,11 +40,38 @@ NUM_MOVES = 20  # of each climber at each step
 class RungGPSampler(RungSampler):
     """Bayesian optimisation with a Gaussian process that learns from trials stopped at any rung.
 
+    With a cost as the second objective, what is expected of a trial is its gain of hypervolume. The
+    cost is known, so that this is a sum over the levels of cost from the trial's own upwards: the
+    expected improvement over the best of what costs no more than the level, times its width.
+
     A trial that ASHA stopped has no value at the end of the training. The model predicts one from
     the rungs it has passed, and the search takes that as seen, unless it is better than the best:
     without this, it is the untold end of a stopped trial that promises the most, and params like
     those are tried, and stopped, again and again. The same keeps trials that run at once apart.
+
+    Args:
+        space: The domain of each parameter.
+        seed: The seed of the sweep.
+        trial_number: The number of the trial in the study.
+        mode: "max" or "min".
+        rung_epochs: The epochs at which trials are compared, ascending.
+        costs: By backbone, where there is a second objective.
     """
+
+    def __init__(
+        self,
+        *,
+        space: Space,
+        seed: int,
+        trial_number: int,
+        mode: str,
+        rung_epochs: tuple[int, ...],
+        costs: Mapping[str, float],
+    ) -> None:
+        super().__init__(
+            space=space, seed=seed, trial_number=trial_number, mode=mode, rung_epochs=rung_epochs
+        )
+        self._levels = CostLevels(costs)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -107,8 +135,9 @@ class RungGPSampler(RungSampler):
             num_fitted=NUM_FITTED,
         )
         ends, _ = model.predict(points)
-        best = float(ends.max())
-        incumbents = points[np.argsort(-ends, kind="stable")[:NUM_CLIMBERS]]
+        levels = self._levels_of(points)
+        best = _best_by_level(ends, levels, len(self._levels))
+        incumbents = points[np.argsort(best[levels] - ends, kind="stable")[:NUM_CLIMBERS]]
         is_running = np.array([t.state == TrialState.RUNNING for t in trials])
         is_open = np.isnan(values[:, -1]) & (is_running | np.isfinite(values[:, 0]))
         open_rows = np.flatnonzero(is_open)
@@ -116,18 +145,48 @@ class RungGPSampler(RungSampler):
         order = np.lexsort((-ends[open_rows], ~is_running[open_rows]))[:MAX_ASSUMED]
         assumed = open_rows[order]
         if len(assumed):
-            model.assume(points[assumed], np.minimum(ends[assumed], best))
+            model.assume(points[assumed], np.minimum(ends[assumed], best[levels[assumed]]))
 
         is_finite = not any(isinstance(domain, Float) for domain in domains)
 
         def gain(candidates: np.ndarray) -> np.ndarray:
-            gains = log_expected_improvement(*model.predict(candidates), best)
+            gains = self._log_gain(*model.predict(candidates), self._levels_of(candidates), best)
             if is_finite:  # what has been tried comes last
                 is_tried = (candidates[:, None] == points).all(axis=2).any(axis=1)
                 gains = np.where(is_tried, gains - 1e9, gains)
             return gains
 
         return _climb(gain, incumbents, domains, generator)
+
+    def _levels_of(self, points: np.ndarray) -> np.ndarray:
+        """Return each point's level of cost; it may have but one."""
+        if len(self._levels) == 1:
+            return np.zeros(len(points), int)
+        column = list(self._space).index("backbone")
+        backbone = self._space["backbone"]
+        return np.array([self._levels.of(str(from_unit(backbone, p))) for p in points[:, column]])
+
+    def _log_gain(
+        self, mean: np.ndarray, std: np.ndarray, levels: np.ndarray, best: np.ndarray
+    ) -> np.ndarray:
+        gains = np.full(len(mean), -np.inf)
+        for level, width in enumerate(self._levels.widths()):
+            improvement = log_expected_improvement(mean, std, best[level]) + np.log(width)
+            gains = np.where(levels <= level, np.logaddexp(gains, improvement), gains)
+        return gains
+
+
+def _best_by_level(ends: np.ndarray, levels: np.ndarray, num_levels: int) -> np.ndarray:
+    """Return the best value among what costs no more than each level; the worst where nothing does.
+
+    Args:
+        ends: More is better.
+        levels: Of each value.
+        num_levels: Levels.
+    """
+    best = np.full(num_levels, ends.min())
+    np.maximum.at(best, levels, ends)
+    return np.asarray(np.maximum.accumulate(best))
 
 
 def compress(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ that an unkilled one draws.
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import cmaes  # type: ignore[import-untyped]
@@ -64,6 +65,7 @@ def build_sampler(
     trial_number: int,
     mode: str,
     rung_epochs: tuple[int, ...],
+    costs: Mapping[str, float] = MappingProxyType({}),
 ) -> BaseSampler:
     """Build the sampler of one trial.
 
@@ -75,6 +77,7 @@ def build_sampler(
         mode: "max" or "min": which values of the metric are good.
         rung_epochs: The epochs at which trials are compared, ascending; the last is the longest
             training. Without early stopping it is the only one.
+        costs: By backbone, where a cost is the second objective; only gp looks at it.
 
     Returns:
         A sampler for this trial only.
@@ -99,6 +102,7 @@ def build_sampler(
                 trial_number=trial_number,
                 mode=mode,
                 rung_epochs=rung_epochs,
+                costs=costs,
             )
         case "cma_es":
             return _CmaEsSampler(space=space, seed=trial_seed, mode=mode, rung_epochs=rung_epochs)

@@ -123,6 +123,13 @@ class Record:
         """Record something that holds for the whole sweep and is known only once it runs."""
         self._storage.set_study_user_attr(self._study_id, name, value)
 
+    @functools.cached_property
+    def costs(self) -> dict[str, float]:
+        """The sweep's second objective by backbone, as measured at launch; empty without one."""
+        if self.sweep.cost is None:
+            return {}
+        return {name: cost[self.sweep.cost] for name, cost in self.facts["costs"].items()}
+
     def draw(self) -> Trial:
         """Draw the next trial's params and record it as running, all in one commit.
 
@@ -183,6 +190,7 @@ class Record:
             trial_number=number,
             mode=self.sweep.mode,
             rung_epochs=self.sweep.rung_epochs,
+            costs=self.costs,
         )
         stand_in = create_trial(state=TrialState.RUNNING)
         stand_in.number = number
@@ -245,6 +253,10 @@ class Record:
     def state(self, number: int) -> State:
         """Return how a trial stands."""
         return STATES[self._known[number].state]
+
+    def backbone(self, number: int) -> str:
+        """Return a trial's backbone."""
+        return str(self._known[number].params.get("backbone", self.sweep.params.backbone))
 
     def best_value(self, number: int) -> float | None:
         """Return a trial's best finite value of the metric; none if it has none."""

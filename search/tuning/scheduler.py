@@ -1,19 +1,26 @@
-"""ASHA, able to take up where a killed sweep left off, and never to wait for a diverged trial."""
+"""ASHA, able to take up where a killed sweep left off, and never to wait for a diverged trial.
 
+With a cost as the second objective, a trial is compared with those that cost no more: the best
+cheap network may go on although dear ones are better, and a dear one that is no better than a cheap
+one may not.
+"""
+
+import copy
 import math
-from collections.abc import Iterable
-from types import SimpleNamespace
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
+from search.cost_levels import CostLevels
 from search.study.recorded import Trial
 from search.sweep import Sweep
 from search.tuning.ray_memory import forget_finished
 
 
 class ResumableASHA(ASHAScheduler):
-    """Ray's ASHA with one bracket, its rungs filled from the record.
+    """Ray's ASHA with one bracket for each cost, its rungs filled from the record.
 
     Ray's own snapshot forgets the rungs, and its test `value < cut-off` is false for NaN, so that a
     diverged trial would run to the end. It stops trials; it never pauses or promotes one.
@@ -21,6 +28,7 @@ class ResumableASHA(ASHAScheduler):
     Args:
         sweep: Its metric, epochs, and rungs.
         trials: What the record holds, empty for a new sweep.
+        costs: By backbone, where the sweep has a cost as its second objective.
 
     Attributes:
         reasons: Why a trial was just stopped, by its id: ``asha``, ``diverged``, or ``max_epochs``.
@@ -31,7 +39,12 @@ class ResumableASHA(ASHAScheduler):
         https://arxiv.org/abs/1810.05934. Ray issue 30838 (schedulers are not restored).
     """
 
-    def __init__(self, sweep: Sweep, trials: Iterable[Trial] = ()) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        trials: Iterable[Trial] = (),
+        costs: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         rungs = sweep.rung_epochs
         factor = 2 if sweep.scheduler is None else sweep.scheduler.reduction_factor
         super().__init__(
@@ -42,6 +55,9 @@ class ResumableASHA(ASHAScheduler):
             grace_period=rungs[0],
             reduction_factor=factor,
         )
+        self._levels = CostLevels(costs)
+        [bracket] = self._brackets
+        self._brackets = [copy.deepcopy(bracket) for _ in range(len(self._levels))]
         self._sweep = sweep
         self._sign = 1.0 if sweep.mode == "max" else -1.0
         self._unfinished: dict[int, Trial] = {}
@@ -57,6 +73,8 @@ class ResumableASHA(ASHAScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Put a resumed trial's recorded epochs into the rungs under its new id."""
         super().on_trial_add(tune_controller, trial)
+        # Ray draws one at random.
+        self._trial_info[trial.trial_id] = self._brackets[self._level(trial)]
         recorded = self._unfinished.pop(trial.config["number"], None)
         if recorded is not None:
             self._replay(recorded, trial.trial_id)
@@ -72,8 +90,9 @@ class ResumableASHA(ASHAScheduler):
             self.reasons[trial.trial_id] = "diverged"
             return str(TrialScheduler.STOP)
         # Before the trial's own value joins its rung.
-        cutoff = self._cutoff(result["epoch"])
+        cutoff = self._cutoff(trial, result["epoch"])
         action = super().on_trial_result(tune_controller, trial, result)
+        self._tell_dearer(trial, result)
         if action == TrialScheduler.STOP:
             finished = result["epoch"] >= self._max_t
             self.reasons[trial.trial_id] = "max_epochs" if finished else "asha"
@@ -88,13 +107,23 @@ class ResumableASHA(ASHAScheduler):
         self.cutoffs.pop(trial.trial_id, None)
         if _is_finite(result):
             super().on_trial_complete(tune_controller, trial, result)
+            self._tell_dearer(trial, result)
         else:
             self.on_trial_remove(tune_controller, trial)
 
-    def _cutoff(self, epoch: int) -> float:
-        for milestone, recorded in self._brackets[0]._rungs:
+    def _level(self, trial: Any) -> int:
+        return self._levels.of(trial.config["params"]["backbone"])
+
+    def _tell_dearer(self, trial: Any, result: dict[str, Any]) -> None:
+        """Put a value into the rungs of what costs more: it is what those have to beat."""
+        for bracket in self._brackets[self._level(trial) + 1 :]:
+            bracket.on_result(trial, result["epoch"], self._sign * result[self._sweep.metric])
+
+    def _cutoff(self, trial: Any, epoch: int) -> float:
+        bracket = self._brackets[self._level(trial)]
+        for milestone, recorded in bracket._rungs:
             if milestone == epoch and recorded:
-                cutoff: Any = self._brackets[0].cutoff(recorded)
+                cutoff: Any = bracket.cutoff(recorded)
                 return float(cutoff * self._sign)
         return math.nan
 
@@ -103,7 +132,8 @@ class ResumableASHA(ASHAScheduler):
             value = epoch.metrics.get(self._sweep.metric)
             if value is not None and epoch.stopped != "diverged":
                 stand_in: Any = SimpleNamespace(trial_id=trial_id)
-                self._brackets[0].on_result(stand_in, epoch.epoch, self._sign * value)
+                for bracket in self._brackets[self._levels.of(trial.params.backbone) :]:
+                    bracket.on_result(stand_in, epoch.epoch, self._sign * value)
 
 
 def _retire_worker(tune_controller: Any, trial: Any) -> None:

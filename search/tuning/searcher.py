@@ -12,6 +12,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
+from search.cost_levels import CostLevels
 from search.study.record import Record, encode_metrics
 from search.study.recorded import CheckpointFile, Epoch, Trial
 from search.study.storage import STORAGE_ERRORS
@@ -110,8 +111,10 @@ class StudyRecorder(Callback):
     def __init__(self, record: Record, scheduler: ResumableASHA) -> None:
         self._record = record
         self._scheduler = scheduler
-        # Of the best few: the score, and the number turned round, so that the earlier one wins.
-        self._kept: list[tuple[float, int]] = []
+        self._levels = CostLevels(record.costs)
+        # Of the best few of each cost: the score, and the number turned round, so that the earlier
+        # one wins.
+        self._kept: list[list[tuple[float, int]]] = [[] for _ in range(len(self._levels))]
         self.storage_error = ""
         self.deadline_s = time.monotonic() + (record.sweep.search.time_budget_s or math.inf)
 
@@ -194,11 +197,12 @@ class StudyRecorder(Callback):
             return
         value = self._record.best_value(number)
         score = -math.inf if value is None else (value if sweep.mode == "max" else -value)
-        self._kept.append((score, -number))
+        kept = self._kept[self._levels.of(self._record.backbone(number))]
+        kept.append((score, -number))
         self._drop_checkpoints(number, keep=best)
-        if len(self._kept) > sweep.search.keep_trials:
-            worst = min(self._kept)
-            self._kept.remove(worst)
+        if len(kept) > sweep.search.keep_trials:
+            worst = min(kept)
+            kept.remove(worst)
             self._drop_checkpoints(-worst[1])
 
     def _drop_checkpoints(self, number: int, *, keep: CheckpointFile | None = None) -> None:

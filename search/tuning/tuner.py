@@ -28,9 +28,10 @@ from ray import tune
 
 from lightning_modules.data.datamodule import source_loss_weights
 from lightning_modules.data.manifest import SPLITS, Manifest
-from lightning_modules.data.pack import Pack
+from lightning_modules.data.pack import Pack, default_cache_dir
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
+from lightning_modules.network_cost import measure_costs
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
@@ -107,7 +108,12 @@ def launch_sweep(
             whole_resources(sweep)
             weights = {name: _share(origin, sweep) for name, origin in weights.items()}
         manifest.write(sweep.folder / "manifest.csv")
-        record = Record.create(sweep, {**_facts(manifest, pack, weights), "leakage": leakage})
+        facts = {
+            **_facts(manifest, pack, weights),
+            "leakage": leakage,
+            "costs": _costs(sweep, manifest, tell),
+        }
+        record = Record.create(sweep, facts)
         write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
         if address is None:
             stack.enter_context(_ray(None))
@@ -199,7 +205,7 @@ def run_trials(
         InputError: If the sweep's storage gave out.
     """
     sweep = record.sweep
-    scheduler = ResumableASHA(sweep, record.trials())
+    scheduler = ResumableASHA(sweep, record.trials(), record.costs)
     recorder = StudyRecorder(record, scheduler)
     unfinished = recorder.take_up()
     remaining = len(unfinished) + sweep.search.num_trials - record.num_trials
@@ -332,6 +338,22 @@ def _check_same_weights(backbone: str, origin: WeightOrigin) -> None:
             f"a sweep is resumed from the weights it was launched with; {origin.path} has changed "
             f"(digest {origin.digest[:12]}, now {now.digest[:12]}): restore the file"
         )
+
+
+def _costs(sweep: Sweep, manifest: Manifest, tell: Tell) -> dict[str, dict[str, float]]:
+    """Return what each backbone costs, if the sweep looks for little of it; told once."""
+    if sweep.cost is None:
+        return {}
+    costs = measure_costs(
+        sweep.backbones,
+        num_classes=len(manifest.classes),
+        image_size_px=sweep.data.image_size_px,
+        cache_dir=default_cache_dir(),
+        tell=tell,
+    )
+    for backbone, cost in costs.items():
+        tell(f"costs   {backbone} {cost.latency_ms:.1f} ms, {cost.size_mib:.1f} MiB")
+    return {backbone: dataclasses.asdict(cost) for backbone, cost in costs.items()}
 
 
 def _facts(manifest: Manifest, pack: Pack, weights: dict[str, WeightOrigin]) -> dict[str, Any]:
