@@ -118,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         default="greedy",
         help="mix probabilities, chosen one by one or on a grid, or average weights (greedy)",
     )
+    ensemble.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="then score it on the locked test images, beside the best trial alone (OUT-single)",
+    )
 
     evaluate = _command(
         subparsers, "evaluate", commands.evaluate, "score a bundle on its locked test images"

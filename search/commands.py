@@ -237,6 +237,9 @@ def ensemble(options: argparse.Namespace) -> None:
     from search.study.record import Record
 
     _check_export(options.out)
+    single = options.out.with_name(f"{options.out.name}-single")
+    if options.evaluate:
+        _check_export(single)
     record = Record.open(open_sweep(options.name, options.storage))
     from search.bundles.ensemble import ensemble_sweep
 
@@ -253,32 +256,55 @@ def ensemble(options: argparse.Namespace) -> None:
         print("neurosweep: no better than one trial; nothing was written", file=sys.stderr)
         sys.exit(1)
     _print_bundle(console, options.out, found.parity)
+    if options.evaluate:
+        _write_bundle(console, record, single, trial_number=found.best_number)
+        _evaluate(console, options.out, record.sweep.folder, baseline=single)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Score a bundle on its locked test images."""
+    _evaluate(
+        _console(),
+        options.bundle,
+        options.data,
+        external=options.external,
+        baseline=options.baseline,
+        out=options.out,
+        seed=options.seed,
+        num_resamples=options.resamples,
+        skip_bad_images=options.skip_bad_images,
+    )
+
+
+def _evaluate(
+    console: Console,
+    bundle: Path,
+    data: Path,
+    *,
+    external: Path | None = None,
+    baseline: Path | None = None,
+    out: Path | None = None,
+    **settings: Any,
+) -> None:
     from search.card.model_card import write_card
     from search.evaluation.evaluate import evaluate_bundle
     from search.evaluation.tables import print_evaluation
 
-    console = _console()
     with Bar(console=console, transient=True) as bar:
         evaluation = evaluate_bundle(
-            options.bundle,
-            options.data,
-            external=options.external,
-            baseline=options.baseline,
-            out=options.out,
-            seed=options.seed,
-            num_resamples=options.resamples,
-            skip_bad_images=options.skip_bad_images,
+            bundle,
+            data,
+            external=external,
+            baseline=baseline,
+            out=out,
             progress=_told_by(bar),
+            **settings,
         )
-    for bundle in filter(None, (options.bundle, options.baseline)):
-        write_card(bundle)
+    for evaluated in filter(None, (bundle, baseline)):
+        write_card(evaluated)
     print_evaluation(console, evaluation)
-    out = options.out or options.bundle / "evaluation"
-    console.print(f"written to {out}, {options.bundle / 'README.md'}", soft_wrap=True)
+    out = out or bundle / "evaluation"
+    console.print(f"written to {out}, {bundle / 'README.md'}", soft_wrap=True)
 
 
 def explain(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_modules.data.audit import clusters_with_several, group_duplicates
 from lightning_modules.data.duplicates import Duplicates, duplicates_of
-from lightning_modules.data.manifest import Manifest, read_manifest, some_of
+from lightning_modules.data.manifest import Manifest, read_manifest, some_of, with_splits_of
 from lightning_modules.data.pack import Pack, build_pack, default_cache_dir
 from lightning_modules.data.phantom import write_phantoms
 from lightning_modules.data.splits import assign_splits
@@ -24,7 +24,7 @@ def prepare_data(sweep: Sweep, progress: Progress | None = None) -> tuple[Manife
     """Return a sweep's manifest with its splits, and its pack; built once, then found.
 
     Where the manifest has no splits, images that show one picture are put into one, unless the
-    sweep allows them to be torn apart.
+    sweep allows them to be torn apart. A sweep that was launched has the splits that it recorded.
 
     Args:
         sweep: Its data settings and seed.
@@ -47,6 +47,9 @@ def prepare_data(sweep: Sweep, progress: Progress | None = None) -> tuple[Manife
         skip_bad_images=settings.skip_bad_images,
         progress=progress and functools.partial(progress, "decoding images"),
     )
+    if (sweep.folder / "sweep.yaml").is_file():
+        # Launched before: which images are copies is a matter of rounding at the margin.
+        return with_splits_of(manifest, sweep.folder / "manifest.csv"), pack
     has_splits = bool(manifest.frame["split"].any())
     if settings.duplicates == "group" or (settings.duplicates == "refuse" and not has_splits):
         manifest = group_duplicates(manifest, _duplicates(pack, progress))

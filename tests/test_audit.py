@@ -297,6 +297,30 @@ def test_splits_made_here_keep_copies_together(folder: Path) -> None:
     assert (splits[:25] == splits[25:]).all()
 
 
+def test_a_sweep_that_was_launched_keeps_the_groups_and_splits_that_it_recorded(
+    folder: Path,
+) -> None:
+    rows = rows_of(folder)
+    # A group that is its path, blank and all.
+    (folder / rows["path"][0]).rename(folder / "a b .png")
+    rows.loc[0, "path"] = "a b .png"
+    write_rows(folder, rows.drop(columns=["split", "group_id"]))
+    sweep = sweep_of(folder, storage=str(folder.parent))
+    sweep.folder.mkdir()
+    manifest, _ = prepare_data(sweep)
+    manifest.write(sweep.folder / "manifest.csv")
+    (sweep.folder / "sweep.yaml").touch()
+    assert prepare_data(sweep)[0].digest == manifest.digest
+
+    moved = manifest.frame.assign(split=manifest.frame["split"].iloc[::-1].tolist())
+    Manifest(manifest.root, moved).write(sweep.folder / "manifest.csv")
+    assert prepare_data(sweep)[0].frame["split"].tolist() == moved["split"].tolist()
+
+    Manifest(manifest.root, moved.iloc[1:]).write(sweep.folder / "manifest.csv")
+    with pytest.raises(InputError, match=r"manifest\.csv: the images are those .*; got others;"):
+        prepare_data(sweep)
+
+
 def test_copies_are_no_leak_where_splits_are_still_to_be_made(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """An ensemble is a bundle like any other, and written only if it is better than one trial."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from lightning_modules.errors import InputError
 from lightning_modules.network_files import Mixture, module_logits
 from search.bundles.ensemble import Method, average, ensemble_sweep, scorer
 from search.bundles.export import load_trial, write_bundle
+from search.cli import main
 from search.data import prepare_data
 from search.results import open_sweep, rank
 from search.study.record import Record
@@ -147,3 +149,23 @@ def test_an_ensemble_needs_two_trials_with_checkpoints(tiny_sweeps: Path, tmp_pa
             best = trial.epochs[-1].best
             assert best is not None
             (tmp_path / f"{trial.number}.ckpt").rename(record.sweep.folder / best.path)
+
+
+@pytest.mark.slow
+def test_an_ensemble_is_scored_once_beside_the_best_trial_alone(
+    tiny_sweeps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # By the loss a mixture is better than its parts unless one of them is always surer.
+    shutil.copytree(tiny_sweeps / "tiny", tmp_path / "tiny")
+    settings = tmp_path / "tiny" / "sweep.yaml"
+    settings.write_text(settings.read_text().replace("metric: val_macro_f1", "metric: val_loss"))
+    out, single = tmp_path / "mixed", tmp_path / "mixed-single"
+    command = ["ensemble", "tiny", str(out), "--storage", str(tmp_path), "--top", "4"]
+    main([*command, "--evaluate"])
+    logs = [json.loads((folder / "evaluations.json").read_text()) for folder in (out, single)]
+    assert [[entry["as"] for entry in log] for log in logs] == [["evaluated"], ["baseline"]]
+    config = json.loads((out / "config.json").read_text())
+    assert config["search"]["ensemble_top"] == 4
+    assert all(member["weights"]["origin"] == "random" for member in config["members"])
+    assert "--top 4" in (out / "README.md").read_text()
+    assert "above the baseline" in capsys.readouterr().out

@@ -131,6 +131,30 @@ def read_manifest(path: Path, *, group_pattern: str | None = None) -> Manifest:
     return Manifest(root, frame[[*COLUMNS, *further]])
 
 
+def with_splits_of(manifest: Manifest, written: Path) -> Manifest:
+    """Return a manifest with the groups and splits that were assigned to its images before.
+
+    Args:
+        manifest: As it is now.
+        written: What `Manifest.write` wrote of it then.
+
+    Raises:
+        InputError: If the file is not there, or of other images.
+    """
+    frame = manifest.frame
+    recorded = _read_cells(written)
+    same = all(
+        column in recorded and recorded[column].tolist() == frame[column].tolist()
+        for column in ("path", "label")
+    )
+    if not same or not {"group_id", "split"} <= set(recorded.columns):
+        rule = "the images are those that were written down at launch, with their labels"
+        raise _broken(written, rule, "others", "restore them, or launch a new sweep")
+    columns = {name: recorded[name].astype("str") for name in ("group_id", "split")}
+    assigned = frame.assign(**columns)
+    return Manifest(manifest.root, assigned)
+
+
 def some_of(items: Sequence[str], limit: int = 10) -> str:
     """Return the first few items in one line, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
@@ -184,6 +208,15 @@ def _class_folders(root: Path) -> pd.DataFrame:
 
 def _read_csv(file: Path) -> pd.DataFrame:
     """Return all cells of a CSV as text, blanks around them removed except in paths."""
+    frame = _read_cells(file)
+    for column in frame.columns:
+        text = frame[column].astype("str")
+        frame[column] = text if column == "path" else text.str.strip()
+    return frame
+
+
+def _read_cells(file: Path) -> pd.DataFrame:
+    """Return all cells of a CSV as text; its columns are named, each once."""
     rule = "a manifest is a CSV file in UTF-8, or a folder"
     if not file.is_file():
         raise _broken(file, rule, "nothing of the kind there", "check the path")
@@ -210,9 +243,6 @@ def _read_csv(file: Path) -> pd.DataFrame:
         rule = "the header needs the columns path and label, each once"
         got = some_of([f"{column!r:.40}" for column in frame.columns])
         raise _broken(file, rule, got, "name them in the first line, separated by commas")
-    for column in frame.columns:
-        text = frame[column].astype("str")
-        frame[column] = text if column == "path" else text.str.strip()
     return frame
 
 

@@ -94,7 +94,7 @@ def describe_trial(
             "chosen": chosen,
             "confirmation": facts.get("confirmation"),
         },
-        "weights": _weights_of(facts["weights"][trial.params.backbone]),
+        "weights": weights_of(facts["weights"][trial.params.backbone]),
         "data": _describe_data(manifest, pack, facts),
         "settings": _settings_of(sweep),
         "versions": {
@@ -151,7 +151,7 @@ def _settings_of(sweep: Sweep) -> dict[str, Any]:
     return settings
 
 
-def _weights_of(fact: Mapping[str, Any]) -> dict[str, Any]:
+def weights_of(fact: Mapping[str, Any]) -> dict[str, Any]:
     """Return where the initial weights came from: names of files, not of folders."""
     kept = {name: value for name, value in fact.items() if name not in ("passed_over", "path")}
     return {

@@ -20,7 +20,7 @@ from lightning_modules.calibration import softmax
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.errors import InputError
 from lightning_modules.network_files import module_logits
-from search.bundles.config import describe_trial
+from search.bundles.config import describe_trial, weights_of
 from search.bundles.ensemble_weights import Score, greedy_weights, grid_weights
 from search.bundles.export import Parity, load_trial, write_bundle
 from search.data import check_same_data, prepare_data
@@ -41,12 +41,14 @@ class Ensemble:
         weights: What each trial counts, by number; those that count nothing left out.
         value: The sweep's metric on validation images.
         best_single: The same of the best trial alone.
+        best_number: Which that is.
         parity: Of the bundle; none if nothing was written, as it is no better than one trial.
     """
 
     weights: dict[int, float]
     value: float
     best_single: float
+    best_number: int
     parity: Parity | None
 
 
@@ -76,7 +78,9 @@ def ensemble_sweep(record: Record, out: Path, *, top: int, method: Method) -> En
         return softmax(module_logits([(1.0, module)], images))
 
     alone = {number: probabilities_of(module) for number, module in modules.items()}
-    best_single = max(map(score_of, alone.values()))
+    scores = {number: score_of(probabilities) for number, probabilities in alone.items()}
+    best_number = max(scores, key=scores.__getitem__)
+    best_single = scores[best_number]
     if method == "soup":
         numbers, members, value = _soup(trials, modules, alone, score_of, probabilities_of)
         weights = dict.fromkeys(numbers, 1 / len(numbers))
@@ -87,7 +91,7 @@ def ensemble_sweep(record: Record, out: Path, *, top: int, method: Method) -> En
         members = [(weight, modules[number]) for number, weight in weights.items()]
         value = score_of(sum_of(weights, alone))
     sign = 1.0 if sweep.mode == "max" else -1.0
-    result = Ensemble(weights, sign * value, sign * best_single, None)
+    result = Ensemble(weights, sign * value, sign * best_single, best_number, None)
     if len(weights) == 1 or value <= best_single:
         return result
     first = next(trial for trial in trials if trial.number in weights)
@@ -97,10 +101,12 @@ def ensemble_sweep(record: Record, out: Path, *, top: int, method: Method) -> En
             "number": trial.number,
             "weight": weights[trial.number],
             "params": dataclasses.asdict(trial.params),
+            "weights": weights_of(record.facts["weights"][trial.params.backbone]),
         }
         for trial in trials
         if trial.number in weights
     ]
+    config["search"]["ensemble_top"] = top
     if len(members) > 1:
         config["backbone"] = "ensemble"
     metric = config["metric"]

@@ -119,11 +119,15 @@ are researchers who compare classifiers. Clinical purpose and setting: {TO_FILL}
 
 def _files(config: Facts) -> str:
     parity, digests = mapping(config, "parity"), mapping(config, "digests")
+    cost = mapping(config, "cost")
     differences = mapping(parity, "differences")
     rows = [[name, digests.get(name), number(differences.get(name))] for name in MODEL_FILES]
     return f"""## Files
 
 {table(["file", "SHA-256", "largest difference of a logit"], rows)}
+
+Cost: {number(cost.get("latency_ms"))} ms an image ({say(cost, "measured_on")}), \
+{number(cost.get("size_mib"))} MiB as ONNX.
 
 Differences are from the trained module, on {say(parity, "num_images")} validation images.
 `model.onnx` and `model.pt2` take grey intensities `(B, 1, H, W)` in [0, 1] for any B;
@@ -154,7 +158,8 @@ def _reproduction(config: Facts) -> str:
     command = f"neurosweep export {say(trial, 'sweep')} bundle --trial {say(trial, 'number')}"
     if config.get("members"):
         method = say(mapping(config, "search"), "chosen")
-        command = f"neurosweep ensemble {say(trial, 'sweep')} bundle --method {method}"
+        top = say(mapping(config, "search"), "ensemble_top")
+        command = f"neurosweep ensemble {say(trial, 'sweep')} bundle --method {method} --top {top}"
     versions = mapping(config, "versions")
     of_all = {**versions, **mapping(versions, "exported_with")}
     rows = [[name, version] for name, version in of_all.items() if isinstance(version, str)]

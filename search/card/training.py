@@ -178,9 +178,10 @@ def _members(config: Facts) -> str:
                 member.get("number"),
                 number(member.get("weight")),
                 *(params.get(name) for name in ("backbone", "unfreeze_depth", "lr", "dropout")),
+                mapping(member, "weights").get("origin"),
             ]
         )
-    header = ("trial", "share", "backbone", "unfreeze depth", "lr", "dropout")
+    header = ("trial", "share", "backbone", "unfreeze depth", "lr", "dropout", "initial weights")
     return (
         f"\n\nMade of these trials; the params above are the best one's:\n\n{table(header, rows)}"
     )
