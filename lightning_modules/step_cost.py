@@ -105,7 +105,7 @@ def choose_precisions(
         device: Where trials will run.
         cache_dir: Where the measurements are kept.
     """
-    if not _computes_in_bf16(device):
+    if not computes_in_bf16(device):
         return dict.fromkeys(backbones, "32-true")
     path = cache_dir / "precisions.json"
     known: dict[str, str] = {}
@@ -136,7 +136,8 @@ def choose_precisions(
     return chosen
 
 
-def _computes_in_bf16(device: torch.device) -> bool:
+def computes_in_bf16(device: torch.device) -> bool:
+    """Tell whether a device has instructions for bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -115,10 +115,15 @@ def read_sidecars(path: Path) -> dict[str, str]:
     return {name: text[:MAX_SIDECAR_CHARACTERS] for name, text in shown.items() if text}
 
 
+def imagenet_file(backbone: str) -> tuple[str, Path]:
+    """Return torchvision's address of a backbone's weights, and where torch.hub keeps the file."""
+    url: str = torchvision.models.get_weight(IMAGENET_WEIGHTS[backbone]).url
+    return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+
+
 def _download_imagenet(backbone: str) -> Path:
     """Return torchvision's file in torch.hub's folder, downloaded and checked if not yet there."""
-    url: str = torchvision.models.get_weight(IMAGENET_WEIGHTS[backbone]).url
-    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    url, path = imagenet_file(backbone)
     # torchvision names its files by the first eight digits of their SHA-256.
     expected = path.stem.rsplit("-", 1)[1]
     if path.is_file() and sha256_of(path).startswith(expected):

@@ -31,7 +31,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         return StepCost(step_s=step_s[backbone, precision], peak_bytes=0)
 
     monkeypatch.setattr(step_cost, "measure_step", measure)
-    monkeypatch.setattr(step_cost, "_computes_in_bf16", lambda device: True)
+    monkeypatch.setattr(step_cost, "computes_in_bf16", lambda device: True)
     return asked
 
 
@@ -73,7 +73,7 @@ def test_a_damaged_cache_is_measured_anew(
 def test_without_bf16_in_hardware_nothing_is_measured(
     measured: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(step_cost, "_computes_in_bf16", lambda device: False)
+    monkeypatch.setattr(step_cost, "computes_in_bf16", lambda device: False)
     assert choose(tmp_path, "resnet50") == {"resnet50": "32-true"}
     assert measured == []
 
