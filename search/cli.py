@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _sweep_options(confirm)
     confirm.add_argument("--top", type=_positive, default=3, metavar="K", help="best trials (3)")
     confirm.add_argument("--seeds", type=_positive, default=5, metavar="N", help="seeds each (5)")
-    confirm.add_argument("--address", help="a running Ray cluster")
+    _cluster_options(confirm)
 
     export = _command(
         subparsers, "export", commands.export, "write the best checkpoint as a bundle"
@@ -201,8 +201,26 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", help="a running Ray cluster; one is started here if not given")
+    _cluster_options(parser)
     parser.add_argument("--export", type=Path, metavar="DIR", help="export the best at the end")
+
+
+def _cluster_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="a running Ray cluster, or auto; one is started here if not given",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="use a cluster that asks for no token"
+    )
+    parser.add_argument(
+        "--wait-s",
+        type=_index,
+        default=0,
+        metavar="S",
+        help="wait so long for a cluster that grows to start a node that a trial fits (0)",
+    )
 
 
 def _positive(text: str) -> int:

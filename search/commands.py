@@ -73,6 +73,7 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
 
     console = _console()
     start_s = time.monotonic()
+    address = _cluster(options, console.print)
     with Bar(console=console, transient=True) as bar:
         manifest, pack = prepare_data(sweep, _told_by(bar))
     console.print(f"sweep   {sweep.name} in {sweep.folder}", soft_wrap=True)
@@ -83,10 +84,19 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     from search.tuning import tuner
 
     run = tuner.launch_sweep if is_new else tuner.resume_sweep
-    record = run(sweep, manifest, pack, address=options.address, tell=console.print)
+    record = run(sweep, manifest, pack, address=address, tell=console.print, wait_s=options.wait_s)
     print_trials(console, record, num_rows=20)
     _print_end(console, record, elapsed_s=time.monotonic() - start_s)
     _finish(console, record, options.export)
+
+
+def _cluster(options: argparse.Namespace, tell: Callable[[str], None]) -> str | None:
+    """Return the address of the cluster to run on, checked; none for this machine."""
+    if options.address is None:
+        return None
+    from search.tuning.address import check_address
+
+    return check_address(options.address, insecure=options.insecure, tell=tell)
 
 
 def _told_by(bar: Bar) -> Callable[[str, int, int], None]:
@@ -187,6 +197,7 @@ def confirm(options: argparse.Namespace) -> None:
     console = _console()
     with lock(sweep):
         record = Record.open(sweep)
+        address = _cluster(options, console.print)
         from search.data import prepare_data
 
         with Bar(console=console, transient=True) as bar:
@@ -199,8 +210,9 @@ def confirm(options: argparse.Namespace) -> None:
             pack,
             top=options.top,
             seeds=options.seeds,
-            address=options.address,
+            address=address,
             tell=console.print,
+            wait_s=options.wait_s,
         )
     print_confirmation(console, confirmation)
 

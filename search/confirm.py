@@ -40,6 +40,7 @@ def confirm_sweep(
     seeds: int,
     address: str | None,
     tell: tuner.Tell,
+    wait_s: float = 0.0,
 ) -> dict[str, Any]:
     """Train the best trials and the baseline anew, each with the same fresh seeds.
 
@@ -54,6 +55,7 @@ def confirm_sweep(
         seeds: How many times each.
         address: A running Ray cluster's; none starts one on this machine.
         tell: Given a line for the user now and then.
+        wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
 
     Returns:
         The confirmation, as ``record.facts["confirmation"]`` holds it from now on.
@@ -77,7 +79,9 @@ def confirm_sweep(
                 runs.add(params, seed=seed, view_seed=view_seed)
         confirming = _confirming(record.sweep, runs.num_trials)
         write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
-        runs = tuner.resume_sweep(confirming, manifest, pack, address=address, tell=tell)
+        runs = tuner.resume_sweep(
+            confirming, manifest, pack, address=address, tell=tell, wait_s=wait_s
+        )
     values = _values(runs.trials(), confirming)
     missing = [run for run in wanted.values() if run[:2] not in values]
     if missing:

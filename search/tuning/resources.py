@@ -52,7 +52,7 @@ def whole_resources(sweep: Sweep) -> dict[str, float]:
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU", 0.0) for node in nodes) else 0.0
     resources = {"cpu": float(sweep.resources.cpus_per_trial), "gpu": gpus}
-    if not any(_num_fitting(node, resources) for node in nodes):
+    if not any(num_fitting(node, resources) for node in nodes):
         raise InputError(
             f"a trial must fit a node of the cluster; it asks for {resources['cpu']:g} CPUs and "
             f"{gpus:g} GPUs, and no node has both: lower resources.cpus_per_trial or "
@@ -63,7 +63,7 @@ def whole_resources(sweep: Sweep) -> dict[str, float]:
 
 def max_concurrent(resources: Mapping[str, float]) -> int:
     """Return how many trials with such resources the connected cluster runs at once."""
-    return sum(_num_fitting(node, resources) for node in _nodes())
+    return sum(num_fitting(node, resources) for node in _nodes())
 
 
 def max_trials_per_gpu(sweep: Sweep) -> int:
@@ -178,7 +178,8 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _num_fitting(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
+def num_fitting(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """Return how many trials with such resources a node runs at once."""
     fits = [
         node.get(key, 0.0) / resources[name]
         for name, key in (("cpu", "CPU"), ("gpu", "GPU"))

@@ -26,7 +26,13 @@ STORAGE_FAULTS = ("[Errno 28]", "[Errno 30]", "[Errno 13]", "[Errno 122]")
 
 # What Ray says when a worker or its node went away, or was killed for memory: such a trial is not
 # at fault, stays unfinished, and can be resumed.
-WORKER_FAULTS = ("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "WorkerCrashedError")
+WORKER_FAULTS = (
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "NodeDiedError",
+    "WorkerCrashedError",
+    "The actor died",
+)
 
 
 class StudySearcher(Searcher):

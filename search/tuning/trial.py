@@ -28,6 +28,7 @@ from search.space import Choice
 from search.sweep import Sweep, TrialParams
 from search.tuning.callbacks import ReportEpoch, TensorBoardCurves
 from search.tuning.checkpoint import AtomicCheckpointIO
+from search.tuning.survey import check_joined_node
 from search.tuning.worker import WORKER
 
 # Lightning warns of what is meant here: frozen stages in eval mode, batches without worker
@@ -53,6 +54,7 @@ class Run:
         precisions: What each backbone is trained in, as Lightning names it.
         on_gpu: Whether a trial is given a GPU; one may be visible without.
         started_s: When the run began, in seconds since 1970.
+        source_digest: Of the code that every node of a cluster must have; none on one machine.
     """
 
     sweep: Sweep
@@ -62,6 +64,7 @@ class Run:
     precisions: dict[str, str]
     on_gpu: bool
     started_s: float
+    source_digest: str | None
 
 
 def train_trial(config: dict[str, Any], *, run: Run) -> None:
@@ -74,6 +77,8 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
     if not run.on_gpu:
         # The optimizer looks for GPUs at every step, which takes longer than a step of a head.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if run.source_digest is not None:
+        check_joined_node(run.sweep.folder, run.source_digest)
     leak = WORKER.leak_before_trial(cache_sizes())
     curves = TensorBoardCurves(
         log_dir=run.sweep.folder / "tensorboard" / config["name"],

@@ -37,6 +37,7 @@ from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
 from search.study.record import Record
 from search.sweep import Sweep, TrialParams
+from search.tuning.nodes import check_nodes, wait_for_node
 from search.tuning.progress import Progress
 from search.tuning.resources import (
     Shares,
@@ -50,6 +51,7 @@ from search.tuning.resources import (
 )
 from search.tuning.scheduler import ResumableASHA
 from search.tuning.searcher import EndOfSweep, StudyRecorder, StudySearcher
+from search.tuning.survey import source_digest
 from search.tuning.trial import Run, train_trial
 
 # For workers. glibc gives memory back to the system after every step and faults it in again on the
@@ -67,7 +69,13 @@ Tell = Callable[[str], None]
 
 
 def launch_sweep(
-    sweep: Sweep, manifest: Manifest, pack: Pack, *, address: str | None, tell: Tell
+    sweep: Sweep,
+    manifest: Manifest,
+    pack: Pack,
+    *,
+    address: str | None,
+    tell: Tell,
+    wait_s: float = 0.0,
 ) -> Record:
     """Run a new sweep to its end.
 
@@ -77,6 +85,7 @@ def launch_sweep(
         pack: Its images, decoded.
         address: A running Ray cluster's; none starts one on this machine.
         tell: Given a line for the user now and then.
+        wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
 
     Returns:
         The sweep's record.
@@ -105,7 +114,8 @@ def launch_sweep(
         if address is not None:
             # What a cluster has is known only to it, and asked before there is a record.
             stack.enter_context(_ray(address))
-            whole_resources(sweep)
+            wait_for_node(sweep, wait_s, tell)
+            check_nodes(sweep, manifest, pack, tell=tell)
             weights = {name: _share(origin, sweep) for name, origin in weights.items()}
         manifest.write(sweep.folder / "manifest.csv")
         facts = {
@@ -122,7 +132,13 @@ def launch_sweep(
 
 
 def resume_sweep(
-    sweep: Sweep, manifest: Manifest, pack: Pack, *, address: str | None, tell: Tell
+    sweep: Sweep,
+    manifest: Manifest,
+    pack: Pack,
+    *,
+    address: str | None,
+    tell: Tell,
+    wait_s: float = 0.0,
 ) -> Record:
     """Go on with a sweep that was interrupted.
 
@@ -135,6 +151,7 @@ def resume_sweep(
         pack: Its images, decoded, as they are now.
         address: A running Ray cluster's; none starts one on this machine.
         tell: Given a line for the user now and then.
+        wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
 
     Returns:
         The sweep's record.
@@ -150,6 +167,9 @@ def resume_sweep(
     check_devices(sweep, address)
     _tell_data(manifest, pack, tell)
     with _ray(address):
+        if address is not None:
+            wait_for_node(sweep, wait_s, tell)
+            check_nodes(sweep, manifest, pack, tell=tell)
         _run(record, manifest, pack, weights, is_local=address is None, tell=tell)
     return record
 
@@ -176,6 +196,7 @@ def _run(
         precisions=measured["precisions"],
         on_gpu=whole["gpu"] > 0,
         started_s=time.time(),
+        source_digest=None if is_local else source_digest(),
     )
 
     def resources_of(config: dict[str, Any]) -> tune.PlacementGroupFactory:
@@ -300,11 +321,6 @@ def _ray(address: str | None) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
             include_dashboard=False,
             **options,
-        )
-    elif address.startswith("ray://"):
-        raise InputError(
-            f"--address must be HOST:PORT of the cluster's head, from a machine in the cluster; "
-            f"got {address}: Ray's client would run the record elsewhere"
         )
     else:
         try:

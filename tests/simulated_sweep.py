@@ -1,0 +1,94 @@
+"""A sweep of simulated trials on a cluster: new, or gone on with. Run by ``test_nodes``.
+
+    python simulated_sweep.py FOLDER ADDRESS
+
+Everything but the training is the product: record, searcher, scheduler, tuner. A trial writes real
+checkpoint files and appends every epoch it runs to FOLDER/executed, in one write a line.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Ray's workers import this module by value: nothing heavy up here.
+NUM_TRIALS = 6
+MAX_EPOCHS = 5
+EPOCH_S = 0.6
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def simulate(config: dict[str, Any], folder: str) -> None:
+    """Report an epoch now and then, from where the last checkpoint was."""
+    import socket
+
+    from ray import tune
+
+    number, attempt, resume = config["number"], config["attempt"], config["resume"]
+    trial_folder = Path(folder) / "trials" / f"{number:05d}"
+    trial_folder.mkdir(parents=True, exist_ok=True)
+    for epoch in range(1 if resume is None else resume["last"]["epoch"] + 1, MAX_EPOCHS + 1):
+        line = f"{number} {attempt} {epoch} {socket.gethostname()} {os.getpid()}\n"
+        with (Path(folder) / "executed").open("a") as executed:
+            executed.write(line)
+        time.sleep(EPOCH_S)
+        loss = 2 / epoch + 0.01 * number
+        shown = dict.fromkeys(("train_loss", "val_loss"), loss) | dict.fromkeys(
+            ("val_macro_f1", "val_accuracy"), 1 / (1 + loss)
+        )
+        files = {}
+        for kind in ("last", "best"):
+            path = trial_folder / f"{kind}-e{epoch:05d}-a{attempt}.ckpt"
+            path.touch()
+            files[kind] = {
+                "path": str(path.relative_to(folder)),
+                "digest": EMPTY,
+                "epoch": epoch,
+            }
+        tune.report(
+            {
+                "epoch": epoch,
+                **shown,
+                "metrics": shown,
+                "confusion": [],
+                "features": "",
+                "leak": "",
+                "ran_on": socket.gethostname(),
+                **files,
+            }
+        )
+
+
+def main(folder: Path, address: str) -> None:
+    from ray import tune
+
+    from lightning_modules.data.phantom import PhantomSettings
+    from search.study.record import Record
+    from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
+    from search.tuning import tuner
+
+    sweep = Sweep(
+        name=folder.name,
+        storage=str(folder.parent),
+        metric="val_loss",
+        data=DataSettings(phantom=PhantomSettings()),
+        training=TrainingSettings(max_epochs=MAX_EPOCHS),
+        search=SearchSettings(num_trials=NUM_TRIALS, sampler="random"),
+        scheduler=None,
+    )
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    is_new = not (sweep.folder / "study.db").is_file()
+    record = Record.create(sweep, {}) if is_new else Record.open(sweep)
+    with tuner._ray(address):
+        trainable = tune.with_parameters(simulate, folder=str(sweep.folder))
+        tuner.run_trials(
+            record,
+            tune.with_resources(trainable, {"CPU": 1}),
+            max_concurrent_trials=2,
+            is_local=False,
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
