@@ -218,6 +218,15 @@ class StudyTables:
                 trials[row.trial_id].system_attrs[row.key] = json.loads(row.value_json)
         return list(trials.values())
 
+    def read_times(self) -> dict[int, tuple[datetime, datetime | None]]:
+        """Return by number when each trial began and ended, in UTC."""
+        query = select(TRIALS).where(TRIALS.c.study_id == self._study_id)
+        with self._engine.connect() as connection:
+            return {
+                row.number: (row.datetime_start, row.datetime_complete)
+                for row in connection.execute(query.order_by(TRIALS.c.number))
+            }
+
     def read_user_attributes(
         self, number: int | None = None
     ) -> Iterator[tuple[int, TrialState, dict[str, Any]]]:
