@@ -87,6 +87,28 @@ def _parser() -> argparse.ArgumentParser:
     _sweep_options(top)
     top.add_argument("--num", type=_positive, default=20, metavar="N", help="rows to print (20)")
 
+    report = _command(
+        subparsers, "report", commands.report, "write a page on a sweep, or on several"
+    )
+    report.add_argument("names", nargs="+", metavar="SWEEP", help="a sweep's name, or its folder")
+    _storage_option(report)
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)"
+    )
+    report.add_argument(
+        "--bundle",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="BUNDLE",
+        help="made of a sweep: shows its evaluation and explanations; repeat for several",
+    )
+    report.add_argument(
+        "--images",
+        action="store_true",
+        help="show overlays of the bundles' explanations, which are images of the data",
+    )
+
     confirm = _command(
         subparsers, "confirm", commands.confirm, "train the best trials again with fresh seeds"
     )
@@ -186,6 +208,10 @@ def _command(subparsers: Any, name: str, run: Any, summary: str) -> argparse.Arg
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="SWEEP", help="a sweep's name, or its folder")
+    _storage_option(parser)
+
+
+def _storage_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", type=Path, default=Path("sweeps"), metavar="DIR", help="where sweeps are"
     )
