@@ -34,7 +34,7 @@ _NUM_LR_BINS = 6
 def draw_parallel(findings: Findings, prefix: str) -> Plot:
     """Draw each trial as a line through its params, to its value at the right."""
     sweep, space = findings.sweep, findings.sweep.space
-    frame = Frame(width=WIDE_PX, height=340, left=70, right=70, top=40, bottom=16)
+    frame = Frame(width=WIDE_PX, height=340, left=96, right=64, top=40, bottom=16)
     scales = [of_domain(domain, *frame.y) for domain in space.values()]
     metric = metric_scale(findings, frame.y)
     titles = [*space, sweep.metric]
@@ -64,7 +64,7 @@ def draw_parallel(findings: Findings, prefix: str) -> Plot:
     return Plot(
         drawing(frame, parts, label),
         "Params and value of every trial",
-        "The darker a line, the better the trial. Drag along an axis to keep the trials of a range, "
+        "The more a line stands out from the page, the better the trial. Drag along an axis to keep the trials of a range, "
         "in all plots and in the table; a click beside it brings all back.",
         is_wide=True,
     )
@@ -95,9 +95,9 @@ def draw_slices(findings: Findings, prefix: str) -> list[Plot]:
 
 def _slice(findings: Findings, prefix: str, name: str) -> Plot:
     sweep, domain = findings.sweep, findings.sweep.space[name]
-    frame = Frame(height=250)
+    frame = Frame(height=230, bottom=24)
     x, y = of_domain(domain, *frame.x), metric_scale(findings, frame.y)
-    parts = [axes(frame, x, y, name.replace("_", " "), sweep.metric)]
+    parts = [axes(frame, x, y, "", sweep.metric)]
     worst_px = frame.y[0] if sweep.mode == "max" else frame.y[1]
     for trial in reversed(findings.ranked):
         place = x(
@@ -211,7 +211,7 @@ def draw_importance(found: Sequence[tuple[Compared, Mapping[str, Importance]]]) 
     parts.append(
         text((left + right) / 2, frame.height - 6, "share of the importance", class_="title mid")
     )
-    parts.append(text(right + 14, top - 12, "by chance", class_="title"))
+    parts.append(text(right + 14, top - 12, "share, and p by chance", class_="title"))
     for block, name in enumerate(names):
         start = top + block * block_px + 14
         parts.append(text(0, start + 4, name.replace("_", " "), class_="label"))
@@ -222,14 +222,18 @@ def draw_importance(found: Sequence[tuple[Compared, Mapping[str, Importance]]]) 
             parts.append(line(x(one.low), at, x(one.high), at, "whisker"))
             parts.append(mark(x(one.share), at, f"c0{told}", shape=row))
             parts.append(
-                text(right + 14, at + 4, f"p = {one.p_value:.2f}, {one.share:.0%}", class_="tick")
+                text(right + 14, at + 4, f"{one.share:.0%}, p = {one.p_value:.2f}", class_="tick")
             )
     said = "; ".join(
         f"{name} {one.share:.0%} ({one.low:.0%} to {one.high:.0%})"
         for name, one in found[0][1].items()
     )
     label = f"Importance at epoch {found[0][0].epoch}: {said}."
-    return Plot(drawing(frame, parts, label), "Importance of each param", is_wide=True)
+    return Plot(
+        drawing(frame, parts, label),
+        "How much each param tells the best trials from the others",
+        is_wide=True,
+    )
 
 
 def _tone(value: float, scale: Scale, mode: str) -> int:

@@ -48,14 +48,14 @@ def draw_history(findings: Findings, prefix: str) -> list[Plot]:
     numbers = sorted(findings.values)
     by_number = [(float(number), number) for number in numbers]
     scale = whole(0, max(*numbers, 1), *Frame().x)
-    plots = [_history(findings, prefix, by_number, scale, "trial")]
+    plots = [_history(findings, prefix, by_number, scale, "trial", "Best so far, trial by trial")]
     ended = sorted((s, number) for number, s in findings.ended_s.items() if number in numbers)
     if ended:
         unit_s, unit = time_unit(ended[-1][0])
         by_time = [(seconds / unit_s, number) for seconds, number in ended]
         scale = linear(0, by_time[-1][0], *Frame().x)
-        title = f"{unit} since the first trial began, pauses included"
-        plots.append(_history(findings, prefix, by_time, scale, title))
+        told = f"{unit} since the first trial began, pauses included"
+        plots.append(_history(findings, prefix, by_time, scale, told, "Best so far, over time"))
     return plots
 
 
@@ -65,6 +65,7 @@ def _history(
     places: Sequence[tuple[float, int]],
     x: Scale,
     x_title: str,
+    title: str,
 ) -> Plot:
     frame = Frame()
     y = metric_scale(findings, frame.y)
@@ -96,7 +97,7 @@ def _history(
     label = (
         f"Best {findings.sweep.metric} so far against {versus}: {short(so_far or 0)} in the end."
     )
-    return Plot(drawing(frame, parts, label), f"Best so far, by {x_title.split()[0]}")
+    return Plot(drawing(frame, parts, label), title)
 
 
 def draw_curves(findings: Findings, prefix: str) -> Plot:
@@ -121,39 +122,29 @@ def draw_curves(findings: Findings, prefix: str) -> Plot:
         parts.append(line(at, frame.y[0], at, frame.y[1] - 4, "dashed"))
         told = f"{len(compared.values)} compared, {further} went on"
         parts.append(text(at, frame.y[1] - 9, told, class_="note mid"))
-    ends, names = [], []
+    ends: dict[int, tuple[float, float]] = {}
     for trial in reversed(findings.ranked):
         curve = [(x(epoch), y(value)) for epoch, value in curves[trial.number]]
         if not curve:
             continue
         shape, look = look_of(findings, trial)
-        key = key_of(prefix, trial.number)
         is_labelled = trial in labelled
         line_class = f"curve {look.split()[0]} lead" if is_labelled else "curve"
-        parts.append(polyline(curve, line_class, key))
+        parts.append(polyline(curve, line_class, key_of(prefix, trial.number)))
         if trial.state == "failed":
             parts.append(mark(*curve[-1], "failed", shape="x"))
         elif trial.state != "running":
-            end_look = look if is_labelled else "faint" + (" hollow" * (trial.state != "complete"))
-            parts.append(mark(*curve[-1], end_look, shape=shape))
+            faint = "faint" if trial.state == "complete" else "faint hollow"
+            parts.append(mark(*curve[-1], look if is_labelled else faint, shape=shape))
         if is_labelled:
-            ends.append(curve[-1])
-            names.append((trial, look))
-    for place, end, (trial, look) in zip(
-        spread([y_px for _, y_px in ends], 15), ends, names, strict=True
-    ):
-        told = f"{trial.number} {trial.params.backbone}"
-        at = frame.x[1] + 10
-        parts.append(line(end[0] + 5, end[1], at - 3, place, "leader"))
-        parts.append(
-            text(
-                at,
-                place + 4,
-                told,
-                class_=f"label {look.split()[0]}",
-                data_t=key_of(prefix, trial.number),
-            )
-        )
+            ends[trial.number] = curve[-1]
+    for at in {end_x for end_x, _ in ends.values()}:
+        numbers = [number for number, (end_x, _) in ends.items() if end_x == at]
+        for number, place in zip(numbers, spread([ends[n][1] for n in numbers], 15), strict=True):
+            trial = findings.trials[number]
+            look = f"label halo {look_of(findings, trial)[1].split()[0]}"
+            told = f"{number} {trial.params.backbone}"
+            parts.append(text(at + 9, place + 4, told, class_=look, data_t=key_of(prefix, number)))
     states = ", ".join(f"{count} {state}" for state, count in findings.states.items())
     return Plot(
         drawing(frame, parts, f"{sweep.metric} by epoch of {len(curves)} trials: {states}."),

@@ -4,6 +4,7 @@ Every mark of a trial has its key as ``data-t``: the page's script finds it by t
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -137,7 +138,7 @@ def drawing(frame: Frame, parts: Iterable[Markup], label: str) -> Markup:
 
 def axes(frame: Frame, x: Scale, y: Scale, x_title: str, y_title: str) -> Markup:
     """Return grid, ticks, and titles; the y axis's title stands above it, to be read level."""
-    (left, right), (bottom, top) = frame.x, frame.y
+    (left, right), bottom = frame.x, frame.y[0]
     parts = [line(left, y(at), right, y(at), "grid") for at, _ in y.ticks]
     parts += [text(left - 7, y(at) + 4, label, class_="tick end") for at, label in y.ticks]
     parts.append(line(left, bottom, right, bottom, "axis"))
@@ -145,7 +146,8 @@ def axes(frame: Frame, x: Scale, y: Scale, x_title: str, y_title: str) -> Markup
         parts.append(line(x(at), bottom, x(at), bottom + 4, "axis"))
         parts.append(text(x(at), bottom + 17, label, class_="tick mid"))
     parts.append(text(0, 12, y_title, class_="title"))
-    parts.append(text((left + right) / 2, frame.height - 6, x_title, class_="title mid"))
+    if x_title:
+        parts.append(text((left + right) / 2, frame.height - 6, x_title, class_="title mid"))
     return element("g", join(parts), aria_hidden="true")
 
 
@@ -153,7 +155,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     """Move labels apart that would cover each other, downwards, in their order."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
-    for one, other in zip(order, order[1:], strict=False):
+    for one, other in itertools.pairwise(order):
         moved[other] = max(moved[other], moved[one] + gap)
     return moved
 

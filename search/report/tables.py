@@ -274,8 +274,9 @@ def describe_bundle(bundle: BundleFindings) -> Table:
     )
     for entry in bundle.log:
         run = entry.get("run")
-        again = "" if run in (None, 1) else f"; look {run} at these images, no first look"
-        rows.append([f"evaluated {entry.get('date')}", f"{entry.get('as')}{again}"])
+        looked = "the first look" if run in (None, 1) else f"look {run}, which is no first one,"
+        told = f"{looked} at these test images, as {entry.get('as')}"
+        rows.append([str(entry.get("date"))[:16].replace("T", " "), told])
     return Table(("", ""), rows)
 
 
@@ -289,8 +290,8 @@ def headline_of(bundle: BundleFindings) -> Table:
         if other := mapping(bundle.evaluation, name):
             columns[name if name == "external" else "baseline, test"] = other
     rows = [
-        [name.replace("_", " "), *(number(of.get(name)) for of in columns.values())]
-        for name in ("num_images", "num_groups")
+        [name, *(number(of.get(f"num_{name}")) for of in columns.values())]
+        for name in ("images", "groups")
     ]
     for name in ("macro_f1", "balanced_accuracy", "accuracy", "mcc"):
         rows.append([_named(name), *(_estimate(mapping(of, name)) for of in columns.values())])
@@ -335,8 +336,10 @@ def _named(name: str) -> str:
 def _estimate(found: Mapping[str, Any]) -> str:
     if None in (found.get("low"), found.get("high")):
         return number(found.get("value"))
-    low, high = number(found["low"]), number(found["high"])
-    return f"{number(found.get('value'))} [{low}, {high}]"
+    low, value, high = (found.get(name) for name in ("low", "value", "high"))
+    if not all(isinstance(end, int | float) for end in (low, value, high)):
+        return number(value)
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
 
 
 def _interval(row: Mapping[str, Any], prefix: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Table, bindparam, insert, select, update
@@ -92,7 +92,7 @@ class KnownTrials(optuna.Study):
         known: All trials by number; kept up to date by the record.
     """
 
-    def __init__(self, name: str, storage: RDBStorage, known: list[FrozenTrial]) -> None:
+    def __init__(self, name: str, storage: BaseStorage, known: list[FrozenTrial]) -> None:
         super().__init__(name, storage)
         self._known = known
 
