@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from search.report import param_plots, result_plots, search_plots, tables
+from search.report import bundle_tables, param_plots, result_plots, search_plots, tables
 from search.report.bundles import BundleFindings
 from search.report.findings import MIN_COMPARED, Findings
 from search.report.importance import best_share, measure_importance
@@ -21,11 +22,11 @@ from search.shareable import settings_of
 
 _FOLDER = Path(__file__).parent
 
-# Facts of a record that say what a backbone costs: by backbone, less is better.
+# Facts of a record that say what a backbone costs, by backbone, and the unit that is shown.
 _COSTS = {
-    "latency_ms": "latency of one image, ms",
-    "num_parameters": "parameters",
-    "size_mib": "size of the model, MiB",
+    "latency_ms": ("latency of one image, ms", 1.0),
+    "num_parameters": ("parameters, millions", 1e6),
+    "size_mib": ("size of the model, MiB", 1.0),
 }
 
 
@@ -208,7 +209,8 @@ def _verdict(findings: Findings) -> str:
             f"{len(findings.values)}, each from one training. That value has been selected and is "
             "too good on average; neurosweep confirm trains the best again with fresh seeds."
         )
-    said = verdict(confirmation)
+    # As everywhere on the page: without the zeros that sort folders.
+    said = re.sub(r"\btrial 0*(?=\d)", "trial ", verdict(confirmation))
     later = len(findings.trials) - confirmation["num_trials"]
     more = f" {later} trials were run after the confirmation." if later else ""
     return f"{said[0].upper()}{said[1:]}.{more}"
@@ -247,11 +249,11 @@ def _importance(findings: Findings) -> tuple[Plot | None, str]:
 
 def _costs(findings: Findings, prefix: str) -> list[Plot]:
     drawn = []
-    for name, title in _COSTS.items():
+    for name, (title, unit) in _COSTS.items():
         fact = findings.facts.get(name)
         if isinstance(fact, Mapping):
             costs = {
-                trial.number: float(fact[trial.params.backbone])
+                trial.number: fact[trial.params.backbone] / unit
                 for trial in findings.trials
                 if isinstance(fact.get(trial.params.backbone), int | float)
             }
@@ -262,44 +264,19 @@ def _costs(findings: Findings, prefix: str) -> list[Plot]:
 
 
 def _bundle(bundle: BundleFindings) -> BundleSection:
-    classes, confusion = tables.confusion_of(bundle)
+    classes, confusion = bundle_tables.confusion_of(bundle)
     internal = bundle.evaluation.get("internal")
     calibration = internal.get("calibration") if isinstance(internal, dict) else None
-    rest = {
-        name: bundle.evaluation[name]
-        for name in ("internal", "external", "robustness")
-        if isinstance(bundle.evaluation.get(name), dict)
-    }
-    if isinstance(rest.get("robustness"), dict):
-        rest["robustness"] = _robustness(rest["robustness"])
-    tests = {
-        name: bundle.explanation[name]
-        for name in ("tests", "pointing_game")
-        if name in bundle.explanation
-    }
     return BundleSection(
         name=bundle.name,
-        facts=tables.describe_bundle(bundle),
-        headline=tables.headline_of(bundle),
-        figures=tables.describe_figures(rest),
+        facts=bundle_tables.describe_bundle(bundle),
+        headline=bundle_tables.headline_of(bundle),
+        figures=bundle_tables.describe_evaluation(bundle),
         classes=classes,
         confusion=confusion,
         reliability=result_plots.draw_reliability(calibration)
         if isinstance(calibration, dict)
         else [],
-        explanation=tables.describe_figures(tests),
+        explanation=bundle_tables.describe_explanation(bundle),
         overlays=bundle.overlays,
     )
-
-
-def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Name each corruption by its kind and strength, so that it can be listed."""
-    cases = found.get("corrupted")
-    return {
-        "uncorrupted": found.get("uncorrupted"),
-        **{
-            f"{case.get('kind')} {case.get('strength')}": {"macro_f1": case.get("macro_f1")}
-            for case in (cases if isinstance(cases, list) else [])
-            if isinstance(case, dict)
-        },
-    }

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from search.report.findings import Compared, Findings
 from search.report.importance import Importance
-from search.report.scales import Scale, linear, number_of, of_domain, range_of
+from search.report.scales import Scale, number_of, of_domain, range_of
 from search.report.search_plots import key_of, look_of, metric_scale
 from search.report.svg import (
     NUM_TONES,
@@ -26,7 +26,6 @@ from search.report.svg import (
     text,
 )
 from search.space import Float
-from search.study.recorded import Trial
 
 _NUM_LR_BINS = 6
 
@@ -64,8 +63,9 @@ def draw_parallel(findings: Findings, prefix: str) -> Plot:
     return Plot(
         drawing(frame, parts, label),
         "Params and value of every trial",
-        "The more a line stands out from the page, the better the trial. Drag along an axis to keep the trials of a range, "
-        "in all plots and in the table; a click beside it brings all back.",
+        "The more a line stands out from the page, the better the trial. Drag along an axis to "
+        "keep the trials of a range, in all plots and in the table; a click beside it brings all "
+        "back.",
         is_wide=True,
     )
 
@@ -123,10 +123,9 @@ def draw_map(findings: Findings, prefix: str, compared: Compared) -> list[Plot]:
     lr = space.get("lr")
     if "unfreeze_depth" not in space or not isinstance(lr, Float):
         return []
-    tone = linear(*range_of(compared.values.values(), findings.sweep.mode), 0, 1)
-    if compared.values and len(set(compared.values.values())) > 1:
-        low, high = range_of(compared.values.values(), findings.sweep.mode)
-        tone = Scale(low=low, high=high, start=0, end=1, ticks=())
+    # A range of one value has no darker end.
+    low, high = range_of(compared.values.values() or [0.0], findings.sweep.mode)
+    tone = Scale(low=low, high=high if high > low else low + 1, start=0, end=1, ticks=())
     return [
         _map(findings, prefix, compared, backbone, tone)
         for backbone in findings.sweep.backbones
@@ -145,51 +144,32 @@ def _map(findings: Findings, prefix: str, compared: Compared, backbone: str, ton
     ]
     cells = defaultdict(list)
     for trial in trials:
-        cells[_cell_of(trial, x, y)].append(trial)
+        share = (x(trial.params.lr) - x.start) / (x.end - x.start)
+        column = min(int(share * _NUM_LR_BINS), _NUM_LR_BINS - 1)
+        cells[column, trial.params.unfreeze_depth].append(trial)
     parts = [axes(frame, x, y, "lr", "unfreeze depth")]
-    width = (frame.x[1] - frame.x[0]) / _NUM_LR_BINS
-    height = abs(y(1) - y(0))
+    width, height = (frame.x[1] - frame.x[0]) / _NUM_LR_BINS, abs(y(1) - y(0))
+    dots = []
     for (column, depth), members in cells.items():
         median = statistics.median(compared.values[trial.number] for trial in members)
         shade = _tone(median, tone, mode)
-        left, top = frame.x[0] + column * width, y(depth) - height / 2
-        parts.append(
-            element(
-                "rect", x=left + 1, y=top + 1, width=width - 2, height=height - 2,
-                class_=f"q{shade}",
-            )
-        )  # fmt: skip
-        parts.append(
-            text(left + width - 5, top + 14, f"{median:.2f}", class_=f"cell end on{shade}")
+        left, top = frame.x[0] + column * width + 1, y(depth) - height / 2 + 1
+        room = element(
+            "rect", x=left, y=top, width=width - 2, height=height - 2, class_=f"q{shade}"
         )
-    for trial in trials:
-        shade = _tone(
-            statistics.median(
-                compared.values[other.number] for other in cells[_cell_of(trial, x, y)]
-            ),
-            tone,
-            mode,
-        )
-        parts.append(
-            mark(
-                x(trial.params.lr),
-                y(trial.params.unfreeze_depth) + height * (0.18 + 0.3 * _jitter(trial.number)),
-                f"dot on{shade}",
-                shape="d",
-                key=key_of(prefix, trial.number),
-            )
-        )
+        parts.append(room)
+        told = f"{median:.2f}"
+        parts.append(text(left + width - 6, top + 13, told, class_=f"cell end on{shade}"))
+        for trial in members:
+            at_y = y(depth) + height * (0.18 + 0.3 * _jitter(trial.number))
+            key = key_of(prefix, trial.number)
+            dots.append(mark(x(trial.params.lr), at_y, f"dot on{shade}", shape="d", key=key))
+    parts += dots
     label = (
-        f"Median {findings.sweep.metric} at epoch {compared.epoch} by unfreezing depth and learning "
-        f"rate, {backbone}, {len(trials)} trials."
+        f"Median {findings.sweep.metric} at epoch {compared.epoch} by unfreezing depth and "
+        f"learning rate, {backbone}, {len(trials)} trials."
     )
     return Plot(drawing(frame, parts, label), f"{backbone}, {len(trials)} trials")
-
-
-def _cell_of(trial: Trial, x: Scale, y: Scale) -> tuple[int, int]:
-    share = (x(trial.params.lr) - x.start) / (x.end - x.start)
-    del y
-    return min(int(share * _NUM_LR_BINS), _NUM_LR_BINS - 1), trial.params.unfreeze_depth
 
 
 def draw_importance(found: Sequence[tuple[Compared, Mapping[str, Importance]]]) -> Plot:

@@ -91,7 +91,7 @@ def draw_comparison(sweeps: Sequence[Findings]) -> list[Plot]:
     plots = []
     last_s = max(second for findings in sweeps for second in findings.ended_s.values())
     unit_s, unit = time_unit(last_s)
-    for title in ("epochs trained", unit):
+    for title in ("epochs trained", f"{unit} since the first trial began"):
         frame = Frame(height=320, right=110)
         curves = [_best_so_far(f, None if title == "epochs trained" else unit_s) for f in sweeps]
         drawn = [curve for curve in curves if curve]
@@ -107,13 +107,18 @@ def draw_comparison(sweeps: Sequence[Findings]) -> list[Plot]:
                 continue
             look = index % 6
             points = [(x(at), y(value)) for at, value in curve]
-            parts.append(steps(points, frame.x[1], f"best c{look} dash{index % 3}"))
+            parts.append(steps(points, points[-1][0], f"best c{look} dash{index % 3}"))
             name = findings.sweep.name
             name = name if len(name) <= 14 else f"{name[:13]}…"
-            parts.append(text(frame.x[1] + 6, place + 4, name, class_=f"label c{look}"))
+            parts.append(text(points[-1][0] + 6, place + 4, name, class_=f"label halo c{look}"))
         said = ", ".join(findings.sweep.name for findings in sweeps)
         label = f"Best {sweeps[0].sweep.metric} so far against {title}: {said}."
-        plots.append(Plot(drawing(frame, parts, label), f"Best so far, by {title}"))
+        plots.append(
+            Plot(
+                drawing(frame, parts, label),
+                "Best so far, by epochs" if title == "epochs trained" else "Best so far, over time",
+            )
+        )
     return plots
 
 
@@ -124,10 +129,10 @@ def _best_so_far(findings: Findings, unit_s: float | None) -> list[tuple[float, 
     num_epochs = 0
     for number, second in sorted(findings.ended_s.items(), key=lambda item: item[1]):
         num_epochs += len(findings.trials[number].epochs)
-        if number in findings.values:
-            value = findings.values[number]
-            best = better(value, curve[-1][1]) if curve else value
-            curve.append((num_epochs if unit_s is None else second / unit_s, best))
+        found = [value for _, value in curve[-1:]]
+        found += [findings.values[number]] if number in findings.values else []
+        if found:
+            curve.append((num_epochs if unit_s is None else second / unit_s, better(found)))
     return curve
 
 

@@ -74,7 +74,8 @@ def _history(
     if 0 in findings.values:
         level = y(findings.values[0])
         parts.append(line(frame.x[0], level, frame.x[1], level, "dashed"))
-        parts.append(text(frame.x[1], level + 15, "baseline", class_="note end"))
+        below_px = 15 if findings.sweep.mode == "max" else -7
+        parts.append(text(frame.x[1], level + below_px, "baseline", class_="note end"))
     marks, best, so_far = [], [], None
     for place, number in places:
         value = findings.values[number]
@@ -88,7 +89,7 @@ def _history(
     parts.append(
         text(
             frame.x[1],
-            best[-1][1] - 7,
+            best[-1][1] + (-7 if findings.sweep.mode == "max" else 15),
             f"{short(so_far or 0)}, trial {leader}",
             class_="strong end",
         )
@@ -103,7 +104,7 @@ def _history(
 def draw_curves(findings: Findings, prefix: str) -> Plot:
     """Draw the metric of every trial by epoch, where ASHA compared, and who was stopped there."""
     sweep, labelled = findings.sweep, findings.ranked[:_NUM_LABELLED]
-    frame = Frame(width=WIDE_PX, height=400, right=150, top=46)
+    frame = Frame(width=WIDE_PX, height=400, right=150, top=52)
     curves = {
         trial.number: [
             (epoch.epoch, value)
@@ -113,15 +114,15 @@ def draw_curves(findings: Findings, prefix: str) -> Plot:
         for trial in findings.trials
     }
     values = [value for curve in curves.values() for _, value in curve]
-    y = linear(*range_of(values, sweep.mode), *frame.y)
+    y = linear(*range_of(values, sweep.mode), *frame.y, num_ticks=9)
     x = whole(1, sweep.training.max_epochs, *frame.x, max_ticks=20)
     parts = [axes(frame, x, y, "epoch", sweep.metric)]
-    for compared in findings.rungs[:-1]:
-        at = x(compared.epoch)
+    for row, compared in enumerate(findings.rungs[:-1]):
+        at, above = x(compared.epoch), frame.y[1] - 9 - 14 * (row % 2)
         further = sum(len(trial.epochs) > compared.epoch for trial in findings.trials)
-        parts.append(line(at, frame.y[0], at, frame.y[1] - 4, "dashed"))
+        parts.append(line(at, frame.y[0], at, above + 4, "dashed"))
         told = f"{len(compared.values)} compared, {further} went on"
-        parts.append(text(at, frame.y[1] - 9, told, class_="note mid"))
+        parts.append(text(at, above, told, class_="note mid"))
     ends: dict[int, tuple[float, float]] = {}
     for trial in reversed(findings.ranked):
         curve = [(x(epoch), y(value)) for epoch, value in curves[trial.number]]
@@ -149,8 +150,8 @@ def draw_curves(findings: Findings, prefix: str) -> Plot:
     return Plot(
         drawing(frame, parts, f"{sweep.metric} by epoch of {len(curves)} trials: {states}."),
         "Learning curves",
-        f"The best {len(labelled)} are in colour, with the trial's number. Hollow ends were stopped "
-        "early, filled ones ran to the end, crosses diverged or failed.",
+        f"The best {len(labelled)} are in colour, with the trial's number. Hollow ends were "
+        "stopped early, filled ones ran to the end, crosses diverged or failed.",
         is_wide=True,
     )
 
@@ -182,9 +183,12 @@ def draw_pareto(
     for number in numbers:
         shape, look = look_of(findings, findings.trials[number])
         parts.append(mark(*places[number], look, shape=shape, key=key_of(prefix, number)))
-    for number in front:
-        at_x, at_y = places[number]
-        parts.append(text(at_x - 6, at_y - 7, str(number), class_="strong end"))
+    labelled: list[tuple[float, float]] = []
+    # The best first; what would cover a label has none.
+    for at_x, at_y, number in reversed([(*places[number], number) for number in front]):
+        if all(abs(at_x - x_px) > 30 or abs(at_y - y_px) > 14 for x_px, y_px in labelled):
+            labelled.append((at_x, at_y))
+            parts.append(text(at_x - 6, at_y - 7, str(number), class_="strong end"))
     told = ", ".join(f"trial {n}" for n in front)
     return Plot(
         drawing(

@@ -152,12 +152,13 @@ def axes(frame: Frame, x: Scale, y: Scale, x_title: str, y_title: str) -> Markup
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Move labels apart that would cover each other, downwards, in their order."""
+    """Move labels apart that would cover each other, in their order, about where they were."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for one, other in itertools.pairwise(order):
         moved[other] = max(moved[other], moved[one] + gap)
-    return moved
+    shift = sum(moved) / max(1, len(moved)) - sum(places) / max(1, len(places))
+    return [place - shift for place in moved]
 
 
 def _attribute(value: object) -> str:
