@@ -1,6 +1,7 @@
 """What a bundle's own files say of it, as far as a report shows it; all of it is untrusted."""
 
 import base64
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,22 +114,30 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _read_overlays(folder: Path, explanation: Mapping[str, Any]) -> dict[str, str]:
-    """Return the first overlays that lie in the folder itself and are PNG files."""
-    found: dict[str, str] = {}
+    """Return overlays that lie in the folder itself and are PNG files: some of each kind."""
     images = explanation.get("images")
+    by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for case in images if isinstance(images, list) else []:
         of_case = mapping({"": case}, "")
-        for method in mapping(of_case, "files"):
-            path = folder / str(mapping(mapping(of_case, "files"), method).get("overlay"))
-            if len(found) == MAX_IMAGES or path.parent != folder or not path.is_file():
-                continue
-            if path.is_symlink() or path.stat().st_size > MAX_IMAGE_BYTES:
-                continue
-            data = path.read_bytes()
-            if data.startswith(_PNG):
+        by_kind.setdefault(str(of_case.get("kind")), []).append(of_case)
+    found: dict[str, str] = {}
+    # Not the first of all, which are right.
+    for of_case in filter(None, itertools.chain(*itertools.zip_longest(*by_kind.values()))):
+        files = mapping(of_case, "files")
+        for method in files:
+            path = folder / str(mapping(files, method).get("overlay"))
+            if len(found) < MAX_IMAGES and path.parent == folder and (data := _read_png(path)):
                 title = (
-                    f"{method}, {of_case.get('kind')}: {of_case.get('label') or 'unlabelled'}, "
-                    f"predicted {of_case.get('explained_class')} ({len(found) + 1})"
+                    f"{len(found) + 1}. {of_case.get('kind')}: {of_case.get('label')}, predicted "
+                    f"{of_case.get('explained_class')}, by {method}"
                 )
                 found[title.replace("_", " ")] = base64.b64encode(data).decode()
     return found
+
+
+def _read_png(path: Path) -> bytes:
+    """Return a PNG file's contents; nothing if it is none."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_IMAGE_BYTES:
+        return b""
+    data = path.read_bytes()
+    return data if data.startswith(_PNG) else b""

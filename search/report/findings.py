@@ -26,6 +26,8 @@ from search.sweep import Sweep
 MIN_BEST = 5
 MIN_COMPARED = 15
 
+_MANY = 150
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -96,6 +98,11 @@ class Findings:
     def states(self) -> Counter[str]:
         """How many trials ended how."""
         return Counter(describe_state(trial) for trial in self.trials)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether trials are so many that marks have to be small."""
+        return len(self.trials) > _MANY
 
     @property
     def num_epochs(self) -> int:

@@ -61,6 +61,7 @@ class SweepSection:
     mode: str
     leakage: Mapping[str, Any]
     is_running: bool
+    is_crowded: bool
     verdict: str
     key: Markup
     summary: tables.Table
@@ -167,6 +168,7 @@ def _section(findings: Findings, anchor: str) -> SweepSection:
         leakage=facts.get("leakage") or {},
         is_running=any(trial.state == "running" for trial in findings.trials)
         or len(findings.trials) < sweep.search.num_trials,
+        is_crowded=findings.is_crowded,
         verdict=_verdict(findings),
         key=search_plots.draw_key(findings),
         summary=tables.describe_summary(findings),

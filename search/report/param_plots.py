@@ -163,7 +163,8 @@ def _map(findings: Findings, prefix: str, compared: Compared, backbone: str, ton
         for trial in members:
             at_y = y(depth) + height * (0.18 + 0.3 * _jitter(trial.number))
             key = key_of(prefix, trial.number)
-            dots.append(mark(x(trial.params.lr), at_y, f"dot on{shade}", shape="d", key=key))
+            dot = "ds" if findings.is_crowded else "d"
+            dots.append(mark(x(trial.params.lr), at_y, f"dot on{shade}", shape=dot, key=key))
     parts += dots
     label = (
         f"Median {findings.sweep.metric} at epoch {compared.epoch} by unfreezing depth and "

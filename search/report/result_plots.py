@@ -89,12 +89,14 @@ def draw_reliability(calibration: Mapping[str, Any]) -> list[Plot]:
 def draw_comparison(sweeps: Sequence[Findings]) -> list[Plot]:
     """Draw the best so far of several sweeps, against epochs trained and against time."""
     plots = []
-    last_s = max(second for findings in sweeps for second in findings.ended_s.values())
+    last_s = max((s for findings in sweeps for s in findings.ended_s.values()), default=0.0)
     unit_s, unit = time_unit(last_s)
     for title in ("epochs trained", f"{unit} since the first trial began"):
         frame = Frame(height=320, right=110)
         curves = [_best_so_far(f, None if title == "epochs trained" else unit_s) for f in sweeps]
         drawn = [curve for curve in curves if curve]
+        if not drawn:
+            return []
         y_values = [value for curve in drawn for _, value in curve]
         x = linear(0, max(curve[-1][0] for curve in drawn), *frame.x)
         y = linear(min(y_values), max(y_values), *frame.y)

@@ -93,12 +93,14 @@ def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
     places = [factor * 10.0**decade for decade in decades for factor in factors]
     # A hair of room: 10 ** -4 is not what "1e-4" is read as.
     ticks = [place for place in places if low * (1 - 1e-9) <= place <= high * (1 + 1e-9)]
+    if len(ticks) < 2:
+        ticks = [low, high]
     return Scale(
         low=low,
         high=high,
         start=start,
         end=end,
-        ticks=tuple((tick, f"{tick:g}") for tick in ticks),
+        ticks=tuple((tick, f"{tick:.3g}") for tick in ticks),
         is_log=True,
     )
 

@@ -32,10 +32,11 @@ def key_of(prefix: str, number: int) -> str:
     return f"{prefix}{number}"
 
 
-def look_of(findings: Findings, trial: Trial) -> tuple[int, str]:
+def look_of(findings: Findings, trial: Trial) -> tuple[str, str]:
     """Return a trial's shape and classes: by its backbone, hollow unless it ran to the end."""
     backbone = findings.sweep.backbones.index(trial.params.backbone) % NUM_SHAPES
-    return backbone, f"c{backbone}" + ("" if trial.state == "complete" else " hollow")
+    small = "s" if findings.is_crowded else ""
+    return f"{backbone}{small}", f"c{backbone}" + ("" if trial.state == "complete" else " hollow")
 
 
 def metric_scale(findings: Findings, place: tuple[float, float]) -> Scale:

@@ -114,7 +114,7 @@ def steps(points: Sequence[tuple[float, float]], end_x: float, class_: str) -> M
 def mark(
     x: float, y: float, class_: str, *, shape: int | str = 0, key: str | None = None
 ) -> Markup:
-    """Return one of the page's symbols: a shape by its index, or ``x``."""
+    """Return one of the page's symbols by its name: an index, small with an ``s``, ``x``, ``d``."""
     return element("use", href=f"#m{shape}", x=x, y=y, class_=class_, data_t=key)
 
 
