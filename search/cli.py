@@ -91,6 +91,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the metric against cost")
 
+    report = _command(
+        subparsers, "report", commands.report, "write a page on a sweep, or on several"
+    )
+    report.add_argument("names", nargs="+", metavar="SWEEP", help="a sweep's name, or its folder")
+    _storage_option(report)
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)"
+    )
+    report.add_argument(
+        "--bundle",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="BUNDLE",
+        help="made of a sweep: shows its evaluation and explanations; repeat for several",
+    )
+    report.add_argument(
+        "--images",
+        action="store_true",
+        help="show overlays of the bundles' explanations, which are images of the data",
+    )
+
     confirm = _command(
         subparsers, "confirm", commands.confirm, "train the best trials again with fresh seeds"
     )
@@ -170,6 +192,14 @@ def _parser() -> argparse.ArgumentParser:
         help="play the pointing game on N simulated patients, for bundles trained on such (0)",
     )
 
+    doctor = _command(
+        subparsers, "doctor", commands.doctor, "look whether a sweep can run on this machine"
+    )
+    doctor.add_argument(
+        "--storage", type=Path, default=Path("sweeps"), metavar="DIR", help="where sweeps are to go"
+    )
+    _cluster_options(doctor)
+
     predict = _command(subparsers, "predict", commands.predict, "classify images with a bundle")
     predict.add_argument("bundle", type=Path, metavar="BUNDLE")
     predict.add_argument(
@@ -195,6 +225,10 @@ def _command(subparsers: Any, name: str, run: Any, summary: str) -> argparse.Arg
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="SWEEP", help="a sweep's name, or its folder")
+    _storage_option(parser)
+
+
+def _storage_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", type=Path, default=Path("sweeps"), metavar="DIR", help="where sweeps are"
     )

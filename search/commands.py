@@ -142,6 +142,8 @@ def _finish(console: Console, record: Any, bundle: Path | None) -> None:
     console.print("next", style="bold")
     console.print(f"  neurosweep top {sweep.reference}", soft_wrap=True)
     console.print(f"  {_tensorboard(sweep)}", soft_wrap=True)
+    page = shlex.quote(f"{sweep.name}.html")
+    console.print(f"  neurosweep report {sweep.reference} --out {page}", soft_wrap=True)
     if bundle is None:
         console.print(f"  neurosweep export {sweep.reference} {sweep.name}-bundle", soft_wrap=True)
     else:
@@ -185,6 +187,22 @@ def top(options: argparse.Namespace) -> None:
     if options.plot is not None:
         draw_front(record, options.plot)
         console.print(f"written to {options.plot}", soft_wrap=True)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write a page on a sweep, or on several of the same images."""
+    from search.report.report import write_report
+    from search.results import open_sweep
+    from search.study.record import Record
+
+    console = _console()
+    records = [Record.open(open_sweep(name, options.storage)) for name in options.names]
+    if options.images and not options.bundle:
+        raise InputError("--images shows overlays of a bundle; got no bundle: give --bundle")
+    out = write_report(records, options.out, bundles=options.bundle, with_images=options.images)
+    console.print(f"written to {out}, {out.stat().st_size / 1024:.0f} KiB", soft_wrap=True)
+    if options.images:
+        console.print("it shows images of the data: mind who gets it")
 
 
 def confirm(options: argparse.Namespace) -> None:
@@ -344,6 +362,16 @@ def explain(options: argparse.Namespace) -> None:
     write_card(options.bundle)
     print_explanation(console, explanation)
     console.print(f"written to {out}", soft_wrap=True)
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Look whether a sweep can run on this machine, or on a cluster."""
+    from search.doctor import examine, print_findings
+
+    console = _console()
+    address = _cluster(options, console.print)
+    if not print_findings(console, examine(options.storage, address)):
+        sys.exit(1)
 
 
 def predict(options: argparse.Namespace) -> None:

@@ -1,10 +1,11 @@
-"""Is this machine fit to run a sweep? Looked at before the first one, each finding with its remedy."""
+"""Is this machine, or a cluster, fit to run a sweep? What was found, each with its remedy."""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
+from lightning_modules.data.pack import default_cache_dir
 from lightning_modules.errors import InputError
 
 # What a sweep writes at least: the pack, checkpoints of a few trials, TensorBoard's files.
@@ -22,6 +24,7 @@ FREE_GIB = 5.0
 SHARED_MEMORY_GIB = 0.25
 # A worker is a process with torch in it.
 WORKER_GIB = 1.5
+RAY_ANSWER_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +44,12 @@ class Finding:
     is_fatal: bool = False
 
 
-def examine(storage: Path) -> Iterator[Finding]:
-    """Look at this machine, one finding after another.
+def examine(storage: Path, address: str | None) -> Iterator[Finding]:
+    """Look at this machine, one finding after another, and at Ray.
 
     Args:
         storage: Where sweeps are to go.
+        address: HOST:PORT of a cluster that has been checked; none starts Ray on this machine.
     """
     looks: tuple[Callable[[], Finding], ...] = (
         _versions,
@@ -53,16 +57,13 @@ def examine(storage: Path) -> Iterator[Finding]:
         _gpus,
         _precision,
         lambda: _folder("storage", storage.absolute(), "give another with --storage"),
-        lambda: _folder("cache", _cache_dir(), "set NEUROSWEEP_CACHE to another"),
+        lambda: _folder("cache", default_cache_dir(), "set NEUROSWEEP_CACHE to another"),
         _weights,
-        _ray,
         _tensorboard,
+        lambda: _ray(storage.absolute(), address),
     )
     for look in looks:
-        try:
-            yield look()
-        except InputError as error:
-            yield Finding(name=look.__name__.strip("_"), text="", trouble=str(error), is_fatal=True)
+        yield look()
 
 
 def print_findings(console: Console, findings: Iterator[Finding]) -> bool:
@@ -152,12 +153,6 @@ def _precision() -> Finding:
     return Finding(name="precision", text=text)
 
 
-def _cache_dir() -> Path:
-    from lightning_modules.data.pack import default_cache_dir
-
-    return default_cache_dir()
-
-
 def _folder(name: str, folder: Path, remedy: str) -> Finding:
     above = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -190,12 +185,23 @@ def _weights() -> Finding:
     return Finding(name="weights", text=text, trouble=trouble)
 
 
-def _ray() -> Finding:
-    from search.tuning import tuner
+def _ray(storage: Path, address: str | None) -> Finding:
+    import ray
 
+    from search.tuning.nodes import check_storage
+    from search.tuning.tuner import connected
+
+    table: list[str] = []
     try:
-        with tuner.connected(None):
-            nodes = tuner.count_nodes()
+        with connected(address):
+            if address is None:
+                # A whole worker, on the loopback device, with a token: what a sweep needs.
+                ray.get(ray.remote(lambda: None).remote(), timeout=RAY_ANSWER_WITHIN_S)
+                return Finding(name="ray", text="starts here, on loopback, with a token of its own")
+            storage.mkdir(parents=True, exist_ok=True)
+            check_storage(storage, tell=table.append)
+    except InputError as error:
+        return Finding(name="ray", text=_below(table), trouble=str(error), is_fatal=True)
     except Exception as error:
         # Whatever it is that Ray cannot do here is what there is to say.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -205,7 +211,12 @@ def _ray() -> Finding:
             trouble=f"{reason}: look for a firewall on the loopback device, and at `ulimit -n`",
             is_fatal=True,
         )
-    return Finding(name="ray", text=f"starts on this machine, {nodes} node, with a token of its own")
+    return Finding(name="ray", text=_below(table))
+
+
+def _below(table: list[str]) -> str:
+    """Return the lines of a table, those after the first below it."""
+    return f"\n{'':17}".join(table)
 
 
 def _tensorboard() -> Finding:
@@ -213,7 +224,8 @@ def _tensorboard() -> Finding:
         trouble = "curves cannot be looked at: install tensorboard"
         return Finding(name="tensorboard", text="missing", trouble=trouble, is_fatal=True)
     text = f"{importlib.metadata.version('tensorboard')}"
-    if shutil.which("tensorboard") is None:
+    beside = Path(sys.executable).with_name("tensorboard")
+    if shutil.which("tensorboard") is None and not beside.exists():
         return Finding(
             name="tensorboard",
             text=text,

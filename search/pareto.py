@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -74,30 +71,40 @@ def place(
         costs: By backbone.
     """
     cost = sweep.cost or "latency_ms"
-    points: list[Point] = []
-    cheapest = math.inf
-    for trial in sorted(
-        (trial for trial in trials if score(trial, sweep) > -math.inf),
-        key=lambda trial: (
-            -score(trial, sweep),
-            costs[trial.params.backbone][cost],
-            trial.number,
-        ),
-    ):
-        of_backbone = costs[trial.params.backbone]
-        value = score(trial, sweep)
-        points.append(
-            Point(
-                trial=trial,
-                value=value if sweep.mode == "max" else -value,
-                latency_ms=of_backbone["latency_ms"],
-                size_mib=of_backbone["size_mib"],
-                # Those before are at least as good, so it has to be cheaper than all of them.
-                on_front=of_backbone[cost] < cheapest,
-            )
+    ranked = [trial for trial in rank(list(trials), sweep) if score(trial, sweep) > -math.inf]
+    values = {trial.number: score(trial, sweep) for trial in ranked}
+    on_front = pareto_front(
+        {t.number: (costs[t.params.backbone][cost], values[t.number]) for t in ranked}, "max"
+    )
+    return [
+        Point(
+            trial=trial,
+            value=values[trial.number] if sweep.mode == "max" else -values[trial.number],
+            latency_ms=costs[trial.params.backbone]["latency_ms"],
+            size_mib=costs[trial.params.backbone]["size_mib"],
+            on_front=trial.number in on_front,
         )
-        cheapest = min(cheapest, of_backbone[cost])
-    return points
+        for trial in ranked
+    ]
+
+
+def pareto_front(found: Mapping[int, tuple[float, float]], mode: str) -> list[int]:
+    """Return which trials no other beats in both cost and value, the cheapest first.
+
+    Args:
+        found: Cost and value by number.
+        mode: ``max`` or ``min``: which values are better; less cost is.
+    """
+    sign = 1 if mode == "max" else -1
+    front: list[int] = []
+    best = None
+    for number, (_, value) in sorted(
+        found.items(), key=lambda item: (item[1][0], -sign * item[1][1], item[0])
+    ):
+        if best is None or sign * value > best:
+            best = sign * value
+            front.append(number)
+    return front
 
 
 def front(record: Record) -> list[Point]:
@@ -146,6 +153,11 @@ def draw_front(record: Record, out: Path) -> None:
     Raises:
         InputError: If no trial has a value yet, or the file cannot be written.
     """
+    # Here: a table should not wait for matplotlib.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
     sweep = record.sweep
     points = _points(record)
     cost = sweep.cost or "latency_ms"
@@ -194,7 +206,7 @@ def draw_front(record: Record, out: Path) -> None:
 
 def _points(record: Record) -> list[Point]:
     sweep = record.sweep
-    points = place(rank(record.trials(), sweep), sweep, costs_of(record))
+    points = place(record.trials(), sweep, costs_of(record))
     if not points:
         raise InputError(f"a front needs a trial with a result; no epoch of {sweep.name} has ended")
     return points

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -17,17 +16,13 @@ from lightning_modules.bundle import FORMAT, USE
 from lightning_modules.data.manifest import SPLITS, Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.weights import IMAGENET_MEAN, IMAGENET_STD
-from search.space import Choice
+from search.shareable import count_images, numbers_of, settings_of, weights_of
 from search.study.record import Record
 from search.study.recorded import Trial
-from search.sweep import Sweep
 
 EXPORTED_WITH = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy", "pillow")
 
 Chosen = Literal["best", "confirmed", "by hand", "greedy", "grid", "soup"]
-
-# Settings that name places of the machine; the command line gives them anew.
-_PLACES = ("storage", "study_url", "weights")
 
 
 def describe_trial(
@@ -49,7 +44,7 @@ def describe_trial(
     described = {
         "format": FORMAT,
         "use": USE,
-        "leakage": _numbers_of(facts.get("leakage") or {}),
+        "leakage": numbers_of(facts.get("leakage") or {}),
         "backbone": trial.params.backbone,
         "classes": list(manifest.classes),
         "input": {
@@ -96,7 +91,7 @@ def describe_trial(
         },
         "weights": weights_of(facts["weights"][trial.params.backbone]),
         "data": _describe_data(manifest, pack, facts),
-        "settings": _settings_of(sweep),
+        "settings": settings_of(sweep),
         "versions": {
             **facts["versions"],
             "exported_with": {name: version(name) for name in EXPORTED_WITH},
@@ -109,7 +104,7 @@ def describe_trial(
 
 def _describe_data(manifest: Manifest, pack: Pack, facts: Mapping[str, Any]) -> dict[str, Any]:
     frame = manifest.frame
-    counts = _count(frame)
+    counts = count_images(frame)
     splits = json.dumps([frame["path"].tolist(), frame["split"].tolist()]).encode()
     return {
         "manifest_digest": manifest.digest,
@@ -117,55 +112,12 @@ def _describe_data(manifest: Manifest, pack: Pack, facts: Mapping[str, Any]) -> 
         "pack_digest": pack.digest,
         "images": {split: counts[split]["images"] for split in SPLITS},
         "groups": {split: counts[split]["groups"] for split in SPLITS},
-        "classes": {str(name): _count(part) for name, part in frame.groupby("label")},
-        "sources": {str(name): _count(part) for name, part in frame.groupby("source")},
+        "classes": {str(name): count_images(part) for name, part in frame.groupby("label")},
+        "sources": {str(name): count_images(part) for name, part in frame.groupby("source")},
         "classes_by_source": {
             str(label): {str(source): len(part) for source, part in of_label.groupby("source")}
             for label, of_label in frame.groupby("label")
         },
         "every_image_is_a_group": frame["group_id"].nunique() == len(frame),
         "skipped_images": len(facts["skipped_images"]),
-    }
-
-
-def _count(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Return images and groups of each split; never which."""
-    parts = {split: frame[frame["split"] == split] for split in SPLITS}
-    return {
-        split: {"images": len(part), "groups": part["group_id"].nunique()}
-        for split, part in parts.items()
-    }
-
-
-def _settings_of(sweep: Sweep) -> dict[str, Any]:
-    """Return the sweep file that launches it again, given the images and the weights."""
-    settings = dataclasses.asdict(sweep)
-    settings["space"] = {
-        name: list(domain.choices) if isinstance(domain, Choice) else dataclasses.asdict(domain)
-        for name, domain in sweep.space.items()
-    }
-    for name in _PLACES:
-        settings.pop(name, None)
-    if settings["data"].get("path") is not None:
-        settings["data"]["path"] = "images"  # a required key; --data replaces it
-    return settings
-
-
-def weights_of(fact: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where the initial weights came from: names of files, not of folders."""
-    kept = {name: value for name, value in fact.items() if name not in ("passed_over", "path")}
-    return {
-        **kept,
-        "origin": Path(fact["origin"]).name,
-        "path": Path(fact["path"] or "").name,
-        "num_passed_over": len(fact.get("passed_over", ())),
-    }
-
-
-def _numbers_of(fact: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return the counts of a fact, not what was counted: that may name patients."""
-    return {
-        name: value if isinstance(value, int | float) else len(value)
-        for name, value in fact.items()
-        if isinstance(value, int | float | list | tuple | dict)
     }

@@ -20,11 +20,12 @@ from lightning_modules.calibration import softmax
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.errors import InputError
 from lightning_modules.network_files import module_logits
-from search.bundles.config import describe_trial, weights_of
+from search.bundles.config import describe_trial
 from search.bundles.ensemble_weights import Score, greedy_weights, grid_weights
 from search.bundles.export import Parity, load_trial, write_bundle
 from search.data import check_same_data, prepare_data
 from search.results import has_checkpoint, rank, score
+from search.shareable import weights_of
 from search.study.record import Record
 from search.study.recorded import Trial
 

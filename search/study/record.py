@@ -10,6 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -280,6 +281,10 @@ class Record:
     def trials(self) -> list[Trial]:
         """Return every trial that was started, by number, read from the database."""
         return [_read_trial(*found) for found in self._tables.read_user_attributes()]
+
+    def times(self) -> dict[int, tuple[datetime, datetime | None]]:
+        """Return by number when each trial began and ended, in UTC; read from the database."""
+        return self._tables.read_times()
 
     @functools.cached_property
     def _known(self) -> list[FrozenTrial]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Table, bindparam, insert, select, update
@@ -92,7 +92,7 @@ class KnownTrials(optuna.Study):
         known: All trials by number; kept up to date by the record.
     """
 
-    def __init__(self, name: str, storage: RDBStorage, known: list[FrozenTrial]) -> None:
+    def __init__(self, name: str, storage: BaseStorage, known: list[FrozenTrial]) -> None:
         super().__init__(name, storage)
         self._known = known
 
@@ -217,6 +217,15 @@ class StudyTables:
             for row in self._rows(connection, SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.key):
                 trials[row.trial_id].system_attrs[row.key] = json.loads(row.value_json)
         return list(trials.values())
+
+    def read_times(self) -> dict[int, tuple[datetime, datetime | None]]:
+        """Return by number when each trial began and ended, in UTC."""
+        query = select(TRIALS).where(TRIALS.c.study_id == self._study_id)
+        with self._engine.connect() as connection:
+            return {
+                row.number: (row.datetime_start, row.datetime_complete)
+                for row in connection.execute(query.order_by(TRIALS.c.number))
+            }
 
     def read_user_attributes(
         self, number: int | None = None

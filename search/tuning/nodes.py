@@ -83,7 +83,38 @@ def check_nodes(sweep: Sweep, manifest: Manifest, pack: Pack, *, tell: Tell) -> 
     resources = whole_resources(sweep)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     asked = [node for node in nodes if num_fitting(node["Resources"], resources)]
-    question = _question(sweep, manifest, pack)
+    _check(nodes, asked, _question(sweep, manifest, pack), tell)
+
+
+def check_storage(folder: Path, *, tell: Tell) -> None:
+    """Ask every node whether it has this code, sees a folder, and has a cache; as `check_nodes`.
+
+    Args:
+        folder: Where sweeps are to go; it exists.
+        tell: Given the table, a line at a time.
+
+    Raises:
+        InputError: If a node cannot take part.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    question = Question(
+        folder=folder,
+        probe=f".node-check-{secrets.token_hex(8)}",
+        content=secrets.token_hex(16),
+        images_root=None,
+        images=(),
+        pack=folder / "none",
+        pack_bytes=0,
+    )
+    _check(nodes, nodes, question, tell)
+
+
+def _check(
+    nodes: Sequence[Mapping[str, Any]],
+    asked: Sequence[Mapping[str, Any]],
+    question: Question,
+    tell: Tell,
+) -> None:
     probe = question.folder / question.probe
     try:
         probe.write_text(question.content)

@@ -113,7 +113,7 @@ def launch_sweep(
     with contextlib.ExitStack() as stack:
         if address is not None:
             # What a cluster has is known only to it, and asked before there is a record.
-            stack.enter_context(_ray(address))
+            stack.enter_context(connected(address))
             wait_for_node(sweep, wait_s, tell)
             check_nodes(sweep, manifest, pack, tell=tell)
             weights = {name: _share(origin, sweep) for name, origin in weights.items()}
@@ -126,7 +126,7 @@ def launch_sweep(
         record = Record.create(sweep, facts)
         write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
         if address is None:
-            stack.enter_context(_ray(None))
+            stack.enter_context(connected(None))
         _run(record, manifest, pack, weights, is_local=address is None, tell=tell)
     return record
 
@@ -166,7 +166,7 @@ def resume_sweep(
         _check_same_weights(backbone, origin)
     check_devices(sweep, address)
     _tell_data(manifest, pack, tell)
-    with _ray(address):
+    with connected(address):
         if address is not None:
             wait_for_node(sweep, wait_s, tell)
             check_nodes(sweep, manifest, pack, tell=tell)
@@ -304,7 +304,7 @@ def _trial_name(trial: Any) -> str:
 
 
 @contextlib.contextmanager
-def _ray(address: str | None) -> Iterator[None]:
+def connected(address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine that nobody else can reach."""
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
