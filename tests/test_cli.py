@@ -24,7 +24,7 @@ from search.config import dump_sweep, load_sweep
 from search.study.record import Record
 from search.study.recorded import Epoch, State
 
-COMMANDS = ("launch", "resume", "top", "export", "predict")
+COMMANDS = ("launch", "resume", "top", "report", "export", "predict")
 
 # Eight images a class, so that any split finds enough; one backbone, so that one is built.
 SWEEP = """

@@ -21,17 +21,20 @@
 
   function highlight(key) {
     if (key === shown) return;
-    document.querySelectorAll(".over").forEach((group) => group.remove());
+    document.querySelectorAll(".over").forEach((sheet) => sheet.remove());
     if (shown !== null) rows.get(shown)?.classList.remove("on");
     shown = key;
     if (key === null) return;
     for (const mark of marks.get(key) ?? []) {
       const svg = mark.ownerSVGElement;
-      let over = svg.querySelector(".over");
+      // On a sheet of its own: the marks below, perhaps thousands, need not be painted again.
+      let over = svg.parentNode.querySelector(".over");
       if (!over) {
-        over = document.createElementNS(SVG, "g");
+        over = document.createElementNS(SVG, "svg");
         over.setAttribute("class", "over");
-        svg.append(over);
+        over.setAttribute("viewBox", svg.getAttribute("viewBox"));
+        over.setAttribute("aria-hidden", "true");
+        svg.parentNode.append(over);
       }
       const copy = mark.cloneNode(true);
       copy.removeAttribute("data-t");
