@@ -39,6 +39,7 @@ def confirm_sweep(
     seeds: int,
     address: str | None,
     tell: tuner.Tell,
+    as_json: bool = False,
 ) -> dict[str, Any]:
     """Train the best trials and the baseline anew, each with the same fresh seeds.
 
@@ -53,6 +54,7 @@ def confirm_sweep(
         seeds: How many times each.
         address: A running Ray cluster's; none starts one on this machine.
         tell: Given a line for the user now and then.
+        as_json: Whether events go to standard output.
 
     Returns:
         The confirmation, as ``record.facts["confirmation"]`` holds it from now on.
@@ -76,7 +78,9 @@ def confirm_sweep(
                 runs.add(params, seed=seed, view_seed=view_seed)
         confirming = _confirming(record.sweep, runs.num_trials)
         write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
-        runs = tuner.resume_sweep(confirming, manifest, pack, address=address, tell=tell)
+        runs = tuner.resume_sweep(
+            confirming, manifest, pack, address=address, tell=tell, as_json=as_json
+        )
     values = _values(runs.trials(), confirming)
     missing = [run for run in wanted.values() if run[:2] not in values]
     if missing:

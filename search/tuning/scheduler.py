@@ -9,6 +9,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from search.study.recorded import Trial
 from search.sweep import Sweep
+from search.tuning.forecast import Rung
 from search.tuning.ray_memory import forget_finished
 
 
@@ -91,11 +92,23 @@ class ResumableASHA(ASHAScheduler):
         else:
             self.on_trial_remove(tune_controller, trial)
 
+    def rungs(self) -> tuple[Rung, ...]:
+        """Return the rungs below the last epoch as they are now, ascending."""
+        return tuple(
+            Rung(epoch=milestone, num_values=len(recorded), cutoff=self._shown_cutoff(recorded))
+            for milestone, recorded in reversed(self._brackets[0]._rungs)
+            if milestone < self._max_t
+        )
+
+    def _shown_cutoff(self, recorded: dict[str, float]) -> float | None:
+        cutoff: Any = self._brackets[0].cutoff(recorded)
+        return None if cutoff is None else float(cutoff * self._sign)
+
     def _cutoff(self, epoch: int) -> float:
         for milestone, recorded in self._brackets[0]._rungs:
-            if milestone == epoch and recorded:
-                cutoff: Any = self._brackets[0].cutoff(recorded)
-                return float(cutoff * self._sign)
+            if milestone == epoch:
+                cutoff = self._shown_cutoff(recorded)
+                return math.nan if cutoff is None else cutoff
         return math.nan
 
     def _replay(self, trial: Trial, trial_id: str) -> None:
