@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     confirm.add_argument("--top", type=_positive, default=3, metavar="K", help="best trials (3)")
     confirm.add_argument("--seeds", type=_positive, default=5, metavar="N", help="seeds each (5)")
     _cluster_options(confirm)
+    _json_option(confirm)
 
     export = _command(
         subparsers, "export", commands.export, "write the best checkpoint as a bundle"
@@ -237,6 +238,15 @@ def _storage_option(parser: argparse.ArgumentParser) -> None:
 def _run_options(parser: argparse.ArgumentParser) -> None:
     _cluster_options(parser)
     parser.add_argument("--export", type=Path, metavar="DIR", help="export the best at the end")
+    _json_option(parser)
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print each event as one line of JSON, and what is for people to standard error",
+    )
 
 
 def _cluster_options(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lightning_modules.errors import InputError
+from search.watch import PORT, tensorboard_command, tunnel_command
 
 
 def launch(options: argparse.Namespace) -> None:
@@ -62,8 +63,11 @@ def resume(options: argparse.Namespace) -> None:
     with lock(sweep):
         record = Record.open(sweep)
         if record.is_finished():
-            print_trials(_console(), record, num_rows=20)
-            _finish(_console(), record, options.export)
+            console = _console(for_people=not options.json)
+            print_trials(console, record, num_rows=20)
+            if options.json:
+                _tell_end(record, elapsed_s=0.0)
+            _finish(console, record, options.export)
         else:
             _run_to_end(sweep, options, is_new=False)
 
@@ -71,22 +75,34 @@ def resume(options: argparse.Namespace) -> None:
 def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> None:
     from search.data import prepare_data
 
-    console = _console()
+    console = _console(for_people=not options.json)
     start_s = time.monotonic()
     address = _cluster(options, console.print)
     with Bar(console=console, transient=True) as bar:
         manifest, pack = prepare_data(sweep, _told_by(bar))
     console.print(f"sweep   {sweep.name} in {sweep.folder}", soft_wrap=True)
-    console.print(f"watch   {_tensorboard(sweep)}", soft_wrap=True)
+    console.print(f"watch   {tensorboard_command(sweep)}", soft_wrap=True)
+    _print_tunnel(console, "        ")
 
     # After the images: their mistakes should not wait for torch to be imported.
     from search.trial_table import print_trials
     from search.tuning import tuner
 
     run = tuner.launch_sweep if is_new else tuner.resume_sweep
-    record = run(sweep, manifest, pack, address=address, tell=console.print, wait_s=options.wait_s)
+    record = run(
+        sweep,
+        manifest,
+        pack,
+        address=address,
+        tell=console.print,
+        wait_s=options.wait_s,
+        as_json=options.json,
+    )
+    elapsed_s = time.monotonic() - start_s
     print_trials(console, record, num_rows=20)
-    _print_end(console, record, elapsed_s=time.monotonic() - start_s)
+    if options.json:
+        _tell_end(record, elapsed_s=elapsed_s)
+    _print_end(console, record, elapsed_s=elapsed_s)
     _finish(console, record, options.export)
 
 
@@ -97,6 +113,14 @@ def _cluster(options: argparse.Namespace, tell: Callable[[str], None]) -> str | 
     from search.tuning.address import check_address
 
     return check_address(options.address, insecure=options.insecure, tell=tell)
+
+
+def _tell_end(record: Any, *, elapsed_s: float, confirmation: dict[str, Any] | None = None) -> None:
+    from search.tuning.events import sweep_ended
+    from search.tuning.lines import JsonLines
+
+    event = sweep_ended(record, elapsed_s=elapsed_s, confirmation=confirmation)
+    JsonLines(record.sweep.name).show(event)
 
 
 def _told_by(bar: Bar) -> Callable[[str, int, int], None]:
@@ -141,7 +165,8 @@ def _finish(console: Console, record: Any, bundle: Path | None) -> None:
     sweep = record.sweep
     console.print("next", style="bold")
     console.print(f"  neurosweep top {sweep.reference}", soft_wrap=True)
-    console.print(f"  {_tensorboard(sweep)}", soft_wrap=True)
+    console.print(f"  {tensorboard_command(sweep)}", soft_wrap=True)
+    _print_tunnel(console, "  ")
     page = shlex.quote(f"{sweep.name}.html")
     console.print(f"  neurosweep report {sweep.reference} --out {page}", soft_wrap=True)
     if bundle is None:
@@ -212,7 +237,8 @@ def confirm(options: argparse.Namespace) -> None:
     from search.study.record import Record
 
     sweep = open_sweep(options.name, options.storage)
-    console = _console()
+    console = _console(for_people=not options.json)
+    start_s = time.monotonic()
     with lock(sweep):
         record = Record.open(sweep)
         address = _cluster(options, console.print)
@@ -231,8 +257,11 @@ def confirm(options: argparse.Namespace) -> None:
             address=address,
             tell=console.print,
             wait_s=options.wait_s,
+            as_json=options.json,
         )
     print_confirmation(console, confirmation)
+    if options.json:
+        _tell_end(record, elapsed_s=time.monotonic() - start_s, confirmation=confirmation)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -384,15 +413,24 @@ def predict(options: argparse.Namespace) -> None:
     print_predictions(_console(), bundle, predictions, options.format)
 
 
-def _console() -> Console:
-    """Return the terminal; a pipe or a file gets lines that are not wrapped."""
+def _console(*, for_people: bool = True) -> Console:
+    """Return the terminal; a pipe or a file gets lines that are not wrapped.
+
+    Args:
+        for_people: Whether standard output is; if not, people get standard error.
+    """
     # No markup: names of files, sources, and tensors may hold brackets.
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)
+    console = Console(highlight=False, markup=False, stderr=not for_people)
+    if not console.is_terminal:
+        console.width = 200
+    return console
 
 
-def _tensorboard(sweep: Any) -> str:
-    return f"tensorboard --logdir {shlex.quote(str(sweep.folder / 'tensorboard'))}"
+def _print_tunnel(console: Console, indent: str) -> None:
+    tunnel = tunnel_command()
+    if tunnel is not None:
+        told = f"{tunnel}   # at home, then http://localhost:{PORT}"
+        console.print(f"{indent}{told}", soft_wrap=True)
 
 
 def _check_export(out: Path | None) -> None:

@@ -41,6 +41,7 @@ def confirm_sweep(
     address: str | None,
     tell: tuner.Tell,
     wait_s: float = 0.0,
+    as_json: bool = False,
 ) -> dict[str, Any]:
     """Train the best trials and the baseline anew, each with the same fresh seeds.
 
@@ -56,6 +57,7 @@ def confirm_sweep(
         address: A running Ray cluster's; none starts one on this machine.
         tell: Given a line for the user now and then.
         wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
+        as_json: Whether events go to standard output.
 
     Returns:
         The confirmation, as ``record.facts["confirmation"]`` holds it from now on.
@@ -80,7 +82,13 @@ def confirm_sweep(
         confirming = _confirming(record.sweep, runs.num_trials)
         write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
         runs = tuner.resume_sweep(
-            confirming, manifest, pack, address=address, tell=tell, wait_s=wait_s
+            confirming,
+            manifest,
+            pack,
+            address=address,
+            tell=tell,
+            wait_s=wait_s,
+            as_json=as_json,
         )
     values = _values(runs.trials(), confirming)
     missing = [run for run in wanted.values() if run[:2] not in values]

@@ -1,4 +1,4 @@
-"""What a trial does at the end of each epoch: checkpoints, curves, and one report to Ray Tune."""
+"""What a trial does at the end of each epoch: checkpoints, and one report to Ray Tune."""
 
 import math
 import socket
@@ -7,34 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytorch_lightning as pl
 from ray import tune
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data.datamodule import Steps
 from lightning_modules.feature_cache import FeatureCache
 from search.study.recorded import CheckpointFile
 from search.tuning.checkpoint import AtomicCheckpointIO
-from search.tuning.figures import draw_confusion, tile
 
-CURVES = (
-    "train_loss",
-    "val_loss",
-    "train_macro_f1",
-    "val_macro_f1",
-    "train_accuracy",
-    "val_accuracy",
-    "lr",
-)
 BEST_OF = {"val_macro_f1": max, "val_accuracy": max, "val_loss": min}
-
-# Drawing a confusion matrix takes as long as an epoch on cached features.
-REDRAW_S = 10.0
 
 
 class ReportEpoch(pl.Callback):
@@ -120,7 +102,7 @@ class ReportEpoch(pl.Callback):
                 "epoch": epoch,
                 **{name: metrics[name] for name in ("train_loss", *BEST_OF)},
                 "metrics": metrics,
-                "confusion": _confusion(pl_module).tolist(),
+                "confusion": confusion_of(pl_module).tolist(),
                 "last": None if self.last is None else asdict(self.last),
                 "best": None if self.best is None else asdict(self.best),
                 "features": self.cache.outcome,
@@ -145,99 +127,8 @@ class ReportEpoch(pl.Callback):
         )
 
 
-class TensorBoardCurves(pl.Callback):
-    """Writes a trial's TensorBoard run, epoch by epoch, params first.
-
-    The HParams tab shows a tag's last value, and users want the best: so the best so far is written
-    under ``best/`` at every epoch, and the tab is pointed there. It is right at any moment, also
-    for a trial that is stopped or fails.
-
-    Args:
-        log_dir: The run's folder.
-        params: For the HParams tab.
-        classes: Names for the confusion matrix.
-        metric: What the best epoch is chosen by.
-        resume: Where an earlier attempt got to, none if nowhere.
-    """
-
-    def __init__(
-        self,
-        *,
-        log_dir: Path,
-        params: dict[str, Any],
-        classes: tuple[str, ...],
-        metric: str,
-        resume: dict[str, Any] | None,
-    ) -> None:
-        # What an interrupted attempt wrote of the epoch that is repeated is dropped.
-        purge_step = None if resume is None else resume["last"]["epoch"] + 1
-        self.writer = SummaryWriter(str(log_dir), purge_step=purge_step)
-        self.classes = classes
-        self.metric = metric
-        self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
-        # A confusion matrix that is better than the one that was drawn last, and when that was.
-        self.undrawn: tuple[npt.NDArray[np.integer], int] | None = None
-        self.drawn_s = time.monotonic()
-        best_tags = {f"best/{name}": 0.0 for name in BEST_OF}
-        experiment, start, self.end = hparams(params, best_tags)
-        self.file = self.writer._get_file_writer()
-        self.file.add_summary(experiment)
-        self.file.add_summary(start)
-        self.writer.flush()
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Steps,
-        batch_idx: int,
-    ) -> None:
-        """Show what the first batch of a trial looked like to the network."""
-        if trainer.current_epoch == 0:
-            assert isinstance(pl_module, ImageClassifier)  # noqa: S101  narrows the type
-            rows = batch.rows[0][:16]
-            images = batch.data.images[rows].unsqueeze(1).to(pl_module.device)
-            views = pl_module.views(images, epoch=0, samples=rows)
-            self.writer.add_image("views/augmented training images", tile(views), 0)
-            self.writer.flush()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the curves, the best values so far, and the best epoch's confusion matrix."""
-        step = trainer.current_epoch + 1
-        metrics = epoch_metrics(trainer, pl_module)
-        for name in CURVES:
-            self.writer.add_scalar(name, metrics[name], step)
-        for name, better in BEST_OF.items():
-            value = metrics[name]
-            if not math.isfinite(value):
-                continue
-            improved = better(value, self.best.get(name, value)) == value
-            if improved and value != self.best.get(name):
-                self.best[name] = value
-                if name == self.metric:
-                    self.undrawn = _confusion(pl_module).numpy(), step
-            self.writer.add_scalar(f"best/{name}", self.best[name], step)
-        if time.monotonic() - self.drawn_s > REDRAW_S:
-            self._draw_confusion()
-        self.writer.flush()
-
-    def _draw_confusion(self) -> None:
-        if self.undrawn is not None:
-            counts, step = self.undrawn
-            image = draw_confusion(counts, self.classes)
-            self.writer.add_image("val_confusion_matrix/best epoch", image, step)
-            self.drawn_s = time.monotonic()
-            self.undrawn = None
-
-    def close(self) -> None:
-        """Close the run, however the trial ended."""
-        self._draw_confusion()
-        self.file.add_summary(self.end)
-        self.writer.close()
-
-
-def _confusion(module: pl.LightningModule) -> Tensor:
+def confusion_of(module: pl.LightningModule) -> Tensor:
+    """Return the finished epoch's confusion matrix of the validation images."""
     assert isinstance(module, ImageClassifier)  # noqa: S101  narrows the type
     counts: Tensor = module.val_confusion.compute().cpu()
     return counts

@@ -1,114 +1,183 @@
-"""What a running sweep says on the terminal: a line an event, and a line of where it stands."""
+"""Tells the views of a running sweep what Ray Tune tells its callbacks."""
 
-import time
-from typing import Any
+import contextlib
+import dataclasses
+import os
+import sys
+from typing import Any, Literal
 
 from ray.tune.progress_reporter import TrialProgressCallback
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
-from search.study.record import Record
+from search.study.record import Record, encode_metrics
+from search.tuning.events import EpochDone, Event, TrialEnded, TrialStarted
+from search.tuning.lines import JsonLines, Lines
 from search.tuning.scheduler import ResumableASHA
+from search.tuning.screen import Screen
+from search.tuning.standing import Standing
+from search.tuning.sweep_board import SweepBoard
+
+View = Screen | Lines | JsonLines | SweepBoard
 
 
 class Progress(TrialProgressCallback):
-    """Prints a line an epoch and an ending, above a line that is kept up to date.
+    """Turns what happens to trials into events, and shows them in every view.
 
     In the place of Ray's own, which Ray 2.60 adds where there is none of its kind, and which keeps
-    every trial that ended, 60 KiB each, to print nothing.
+    every trial that ended, 60 KiB each, to print nothing. It has to come after the recorder, which
+    knows what became of a trial.
 
     Args:
         record: Read for what is known so far.
-        scheduler: Asked for cut-offs.
+        scheduler: Asked for rungs, and why a trial was stopped.
+        as_json: Whether standard output is for programs.
     """
 
-    def __init__(self, record: Record, scheduler: ResumableASHA) -> None:
+    def __init__(self, record: Record, scheduler: ResumableASHA, *, as_json: bool) -> None:
         super().__init__()
         self._record = record
         self._scheduler = scheduler
-        console = Console(highlight=False, soft_wrap=True)
-        self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._start_s = time.monotonic()
-        self._counts = {"complete": 0, "pruned": 0, "failed": 0}
-        for number in range(record.num_trials):
-            self._count(number)
-        self._running: set[int] = set()
-        self._best: tuple[float, str] | None = None
+        self._standing = Standing(record.sweep, record.trials())
+        self._views: list[View] = [
+            view_for(self._standing, as_json=as_json),
+            SweepBoard(self._standing),
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the terminal out of Ray's snapshot, which is never read back."""
         return {}
 
     def setup(self, *arguments: Any, **info: Any) -> None:
-        """Start the live line."""
-        self._live.start()
+        """Open the views."""
+        self._look_at_rungs()
+        for view in self._views:
+            view.start()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count a trial as running."""
-        self._running.add(trial.config["number"])
-        self._update()
+        """Tell that a trial has started."""
+        config = trial.config
+        resume = config["resume"]
+        self._tell(
+            TrialStarted(
+                trial=config["number"],
+                name=config["name"],
+                params=config["params"],
+                epochs_done=0 if resume is None else resume["last"]["epoch"],
+            )
+        )
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Print an epoch."""
+        """Tell of an epoch, and of the trial's end if it was the last."""
         sweep = self._record.sweep
-        value = result["metrics"][sweep.metric]
-        name = trial.config["name"]
-        sign = 1 if sweep.mode == "max" else -1
-        if value == value and (self._best is None or sign * value > sign * self._best[0]):
-            self._best = (value, name)
-        line = Text(f"{name:<28} epoch {result['epoch']:>3}/{sweep.training.max_epochs}  ")
-        line.append(f"{sweep.metric} {value:.4f}  train_loss {result['metrics']['train_loss']:.4f}")
-        reason = self._scheduler.reasons.get(trial.trial_id) if result.get("done") else None
-        if reason == "asha":
-            cutoff = self._scheduler.cutoffs[trial.trial_id]
-            line.append(f"  stopped by ASHA, cut-off {cutoff:.4f}", style="yellow")
-        elif reason == "diverged":
-            line.append("  diverged: loss or metric is not finite", style="red")
-        elif reason == "max_epochs":
-            line.append("  complete", style="green")
-        self._live.console.print(line, soft_wrap=True)
-        self._update()
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count an ending."""
-        self._end(trial)
+        standing = self._standing
+        number, name, epoch = trial.config["number"], trial.config["name"], result["epoch"]
+        metrics = encode_metrics(result["metrics"])
+        value = metrics[sweep.metric]
+        best = standing.best_of(number, value)
+        is_done = bool(result.get("done"))
+        self._look_at_rungs()
+        rungs = standing.rungs_of[trial.config["params"]["backbone"]]
+        ahead = [rung for rung in rungs if rung.epoch > epoch and not is_done]
+        report = EpochDone(
+            trial=number,
+            name=name,
+            epoch=epoch,
+            max_epochs=sweep.training.max_epochs,
+            metric=sweep.metric,
+            value=value,
+            best=best,
+            metrics=metrics,
+            next_rung=ahead[0].epoch if ahead else None,
+            cutoff=ahead[0].cutoff if ahead else None,
+            features=result["features"],
+            left_s=None,
+        )
+        standing.take(report)
+        self._show(dataclasses.replace(report, left_s=standing.left()[1]))
+        if is_done:
+            at_end = epoch >= sweep.training.max_epochs
+            reason = self._scheduler.reasons.get(
+                trial.trial_id, "max_epochs" if at_end else "time_budget"
+            )
+            self._end(trial, reason, value=value, best=best)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Print why a trial failed."""
-        recorded = self._record.trial(trial.config["number"])
-        self._live.console.print(
-            Text(f"{trial.config['name']:<28} failed: {recorded.reason}", style="red")
-        )
-        self._end(trial)
-
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Take the live line away."""
-        self._live.stop()
-
-    def _end(self, trial: Any) -> None:
+        """Tell why a trial failed, or that its worker went away."""
         number = trial.config["number"]
-        self._running.discard(number)
-        self._count(number)
-        self._update()
+        running = self._standing.running.get(number)
+        has_failed = self._record.state(number) == "failed"
+        self._end(
+            trial,
+            self._record.trial(number).reason if has_failed else "worker",
+            value=None if running is None else running.value,
+            best=None if running is None else running.best,
+        )
 
-    def _count(self, number: int) -> None:
-        state = self._record.state(number)
-        if state != "running":
-            self._counts[state] += 1
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Keep the clock going; Ray comes by ten times a second."""
+        for view in self._views:
+            with contextlib.suppress(OSError):
+                view.refresh()
 
-    def _update(self) -> None:
-        done = sum(self._counts.values())
-        elapsed_s = time.monotonic() - self._start_s
-        parts = [
-            f"{done}/{self._record.sweep.search.num_trials} trials done",
-            f"{len(self._running)} running",
-            f"{self._counts['pruned']} stopped early",
-            f"{self._counts['failed']} failed",
-            f"{elapsed_s:.0f} s",
-        ]
-        if self._best is not None:
-            parts.append(f"best {self._best[0]:.4f} ({self._best[1]})")
-        self._live.update(Text(" · ".join(parts), style="bold"))
+    def close(self) -> None:
+        """Give the terminal back, however the sweep ended; twice does no harm."""
+        for view in self._views:
+            with contextlib.suppress(OSError):
+                view.close()
+
+    def _look_at_rungs(self) -> None:
+        self._standing.rungs = self._scheduler.rungs()
+        self._standing.rungs_of = {
+            backbone: self._scheduler.rungs(backbone) for backbone in self._record.sweep.backbones
+        }
+
+    def _end(self, trial: Any, reason: str, *, value: float | None, best: float | None) -> None:
+        number, name = trial.config["number"], trial.config["name"]
+        running = self._standing.running.get(number)
+        event = TrialEnded(
+            event=KINDS.get(reason, "failed"),
+            trial=number,
+            name=name,
+            reason=reason,
+            epochs=0 if running is None else running.epochs,
+            metric=self._record.sweep.metric,
+            value=value,
+            best=best,
+            cutoff=self._cutoff(trial) if reason == "asha" else None,
+        )
+        if event.event == "failed":
+            self._standing.reconsider(name, self._record.trials)
+        self._tell(event)
+
+    def _cutoff(self, trial: Any) -> float | None:
+        cutoff = self._scheduler.cutoffs[trial.trial_id]
+        return cutoff if cutoff == cutoff else None
+
+    def _tell(self, event: Event) -> None:
+        self._standing.take(event)
+        self._show(event)
+
+    def _show(self, event: Event) -> None:
+        for view in self._views:
+            # A terminal that was closed, or a full disk, is no reason to end the sweep.
+            with contextlib.suppress(OSError):
+                view.show(event)
+
+
+def view_for(standing: Standing, *, as_json: bool) -> View:
+    """Return JSON for programs, one screen in a terminal that can have it, else plain lines."""
+    if as_json:
+        return JsonLines(standing.sweep.name)
+    # Not what rich takes for a terminal: FORCE_COLOR asks for colours, not for a screen.
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        return Screen(standing)
+    return Lines(standing)
+
+
+KINDS: dict[str, Literal["finished", "stopped"]] = {
+    "max_epochs": "finished",
+    "asha": "stopped",
+    "time_budget": "stopped",
+    "worker": "stopped",
+}

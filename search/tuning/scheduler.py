@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from search.cost_levels import CostLevels
 from search.study.recorded import Trial
 from search.sweep import Sweep
+from search.tuning.forecast import Rung
 from search.tuning.ray_memory import forget_finished
 
 
@@ -119,12 +120,33 @@ class ResumableASHA(ASHAScheduler):
         for bracket in self._brackets[self._level(trial) + 1 :]:
             bracket.on_result(trial, result["epoch"], self._sign * result[self._sweep.metric])
 
+    def rungs(self, backbone: str | None = None) -> tuple[Rung, ...]:
+        """Return the rungs below the last epoch as they are now, ascending.
+
+        Args:
+            backbone: Those that its trials are compared at; if none, those that hold all trials.
+        """
+        bracket = self._brackets[-1 if backbone is None else self._levels.of(backbone)]
+        return tuple(
+            Rung(
+                epoch=milestone,
+                num_values=len(recorded),
+                cutoff=self._shown_cutoff(bracket, recorded),
+            )
+            for milestone, recorded in reversed(bracket._rungs)
+            if milestone < self._max_t
+        )
+
+    def _shown_cutoff(self, bracket: Any, recorded: dict[str, float]) -> float | None:
+        cutoff: Any = bracket.cutoff(recorded)
+        return None if cutoff is None else float(cutoff * self._sign)
+
     def _cutoff(self, trial: Any, epoch: int) -> float:
         bracket = self._brackets[self._level(trial)]
         for milestone, recorded in bracket._rungs:
-            if milestone == epoch and recorded:
-                cutoff: Any = bracket.cutoff(recorded)
-                return float(cutoff * self._sign)
+            if milestone == epoch:
+                cutoff = self._shown_cutoff(bracket, recorded)
+                return math.nan if cutoff is None else cutoff
         return math.nan
 
     def _replay(self, trial: Trial, trial_id: str) -> None:

@@ -26,9 +26,10 @@ from lightning_modules.weights import WeightOrigin, num_initial_backbones
 from search.data import check_same_data, prepare_data
 from search.space import Choice
 from search.sweep import Sweep, TrialParams
-from search.tuning.callbacks import ReportEpoch, TensorBoardCurves
+from search.tuning.callbacks import ReportEpoch
 from search.tuning.checkpoint import AtomicCheckpointIO
 from search.tuning.survey import check_joined_node
+from search.tuning.trial_board import TrialBoard
 from search.tuning.worker import WORKER
 
 # Lightning warns of what is meant here: frozen stages in eval mode, batches without worker
@@ -80,21 +81,26 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
     if run.source_digest is not None:
         check_joined_node(run.sweep.folder, run.source_digest)
     leak = WORKER.leak_before_trial(cache_sizes())
-    curves = TensorBoardCurves(
+    board = TrialBoard(
         log_dir=run.sweep.folder / "tensorboard" / config["name"],
+        name=config["name"],
         params=config["params"],
         classes=run.manifest.classes,
         metric=run.sweep.metric,
         resume=config["resume"],
     )
+    has_failed = False
     try:
-        _fit(config, _with_images(run), curves, leak=leak)
+        _fit(config, _with_images(run), board, leak=leak)
+    except Exception:
+        has_failed = True
+        raise
     finally:
         # Lightning tears nothing down after an exception, and a stopped trial ends by one.
-        curves.close()
+        board.close(has_failed=has_failed)
 
 
-def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves, *, leak: str) -> None:
+def _fit(config: dict[str, Any], run: Run, board: TrialBoard, *, leak: str) -> None:
     sweep, resume = run.sweep, config["resume"]
     params = TrialParams(**config["params"])
     precision: Any = run.precisions[params.backbone]
@@ -140,7 +146,7 @@ def _fit(config: dict[str, Any], run: Run, curves: TensorBoardCurves, *, leak: s
         devices=1,
         max_epochs=sweep.training.max_epochs,
         precision=precision,
-        callbacks=[curves, report],  # the report comes last: it may not return
+        callbacks=[board, report],  # the report comes last: it may not return
         # Not Slurm's or another: a trial is one process, wherever it was launched.
         plugins=[LightningEnvironment(), checkpoint_io],
         num_sanity_val_steps=0,

@@ -38,6 +38,7 @@ from search.data import check_leakage, check_same_data
 from search.study.record import Record
 from search.sweep import Sweep, TrialParams
 from search.tuning.nodes import check_nodes, wait_for_node
+from search.tuning.pictures import draw_kept
 from search.tuning.progress import Progress
 from search.tuning.resources import (
     Shares,
@@ -76,6 +77,7 @@ def launch_sweep(
     address: str | None,
     tell: Tell,
     wait_s: float = 0.0,
+    as_json: bool = False,
 ) -> Record:
     """Run a new sweep to its end.
 
@@ -86,6 +88,7 @@ def launch_sweep(
         address: A running Ray cluster's; none starts one on this machine.
         tell: Given a line for the user now and then.
         wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
+        as_json: Whether events go to standard output, see ``events``, instead of a view for people.
 
     Returns:
         The sweep's record.
@@ -127,7 +130,7 @@ def launch_sweep(
         write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
         if address is None:
             stack.enter_context(connected(None))
-        _run(record, manifest, pack, weights, is_local=address is None, tell=tell)
+        _run(record, manifest, pack, weights, is_local=address is None, tell=tell, as_json=as_json)
     return record
 
 
@@ -139,6 +142,7 @@ def resume_sweep(
     address: str | None,
     tell: Tell,
     wait_s: float = 0.0,
+    as_json: bool = False,
 ) -> Record:
     """Go on with a sweep that was interrupted.
 
@@ -152,6 +156,7 @@ def resume_sweep(
         address: A running Ray cluster's; none starts one on this machine.
         tell: Given a line for the user now and then.
         wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
+        as_json: Whether events go to standard output, see ``events``, instead of a view for people.
 
     Returns:
         The sweep's record.
@@ -170,7 +175,7 @@ def resume_sweep(
         if address is not None:
             wait_for_node(sweep, wait_s, tell)
             check_nodes(sweep, manifest, pack, tell=tell)
-        _run(record, manifest, pack, weights, is_local=address is None, tell=tell)
+        _run(record, manifest, pack, weights, is_local=address is None, tell=tell, as_json=as_json)
     return record
 
 
@@ -182,6 +187,7 @@ def _run(
     *,
     is_local: bool,
     tell: Tell,
+    as_json: bool,
 ) -> None:
     sweep = record.sweep
     measured = _measured(record, tell, is_local=is_local)
@@ -208,11 +214,18 @@ def _run(
         tune.with_resources(tune.with_parameters(train_trial, run=run), resources_of),
         max_concurrent_trials=sweep.search.max_concurrent_trials or max_concurrent(smallest),
         is_local=is_local,
+        as_json=as_json,
     )
+    draw_kept(record, manifest, pack, tell)
 
 
 def run_trials(
-    record: Record, trainable: Any, *, max_concurrent_trials: int, is_local: bool
+    record: Record,
+    trainable: Any,
+    *,
+    max_concurrent_trials: int,
+    is_local: bool,
+    as_json: bool = False,
 ) -> None:
     """Run the trials that a record has yet to see the end of.
 
@@ -221,6 +234,7 @@ def run_trials(
         trainable: Reports epochs to Ray Tune, as ``train_trial`` does; with its resources.
         max_concurrent_trials: Trials at a time.
         is_local: Whether all of it happens on this machine.
+        as_json: Whether events go to standard output.
 
     Raises:
         InputError: If the sweep's storage gave out.
@@ -235,6 +249,7 @@ def run_trials(
     with record.being_written(), tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
         # Never read back, but on a cluster every node has to see it.
         ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
+        progress = Progress(record, scheduler, as_json=as_json)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -252,13 +267,16 @@ def run_trials(
                 name=sweep.name,
                 storage_path=str(ray_folder),
                 stop=EndOfSweep(recorder),
-                callbacks=[recorder, Progress(record, scheduler)],
+                callbacks=[recorder, progress],
                 verbose=0,
             ),
         )
         # What went wrong in a trial is recorded and printed by our own callbacks.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        tuner.fit()
+        try:
+            tuner.fit()
+        finally:
+            progress.close()
         # Tune's own handler would swallow the next Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         shutil.rmtree(sweep.folder / "ray", ignore_errors=True)

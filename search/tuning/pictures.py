@@ -1,0 +1,161 @@
+"""What can be seen of the trials that are kept, in their TensorBoard runs.
+
+Drawn by the driver when the last trial has ended: only then is it known which are kept, and no
+trial is slowed down by it. On a GPU if the driver has one.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_modules.bundled_network import BundledNetwork
+from lightning_modules.calibration import softmax
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data.manifest import Manifest
+from lightning_modules.data.pack import Pack
+from lightning_modules.explain import enlarge, grad_cam
+from search.bundles.export import load_trial
+from search.explanation.gallery import draw_overlay
+from search.results import has_checkpoint
+from search.study.record import Record
+from search.study.recorded import Epoch, Trial
+from search.tuning.figures import draw_confusion, draw_pairs, draw_reliability, tile
+from search.tuning.trial_board import CONFUSION_TAG
+
+MAX_MISTAKES = 8
+NUM_VIEWS = 16
+
+# Validation images that are looked through for mistakes, evenly spaced. The confusion matrix is
+# the record's, of all of them.
+MAX_IMAGES = 512
+BATCH_SIZE = 64
+
+# 16 noisy views of this side take 110 KiB as PNG: a run stays below 1 MB at any image size.
+MAX_VIEW_PX = 96
+
+# Marks the event files that are written here, to be found again.
+FILE_SUFFIX = ".pictures"
+
+
+def draw_kept(record: Record, manifest: Manifest, pack: Pack, tell: Callable[[str], None]) -> None:
+    """Draw every trial that kept its checkpoint, and take the pictures of others away.
+
+    Nothing is drawn before every trial has ended. What cannot be drawn is told, and no harm done.
+
+    Args:
+        record: The sweep's.
+        manifest: Its images, split.
+        pack: Its images, decoded.
+        tell: Given a line for the user.
+    """
+    trials = record.trials()
+    if any(trial.state == "running" for trial in trials):
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num_drawn = 0
+    for trial in trials:
+        run = record.sweep.folder / "tensorboard" / trial.name
+        is_drawn = any(run.glob(f"*{FILE_SUFFIX}"))
+        is_kept = has_checkpoint(trial, record.sweep)
+        try:
+            if is_drawn and not is_kept:
+                _remove(run)
+            elif is_kept and not is_drawn:
+                _draw(record, trial, manifest, pack, device)
+                num_drawn += 1
+        except Exception as error:  # the sweep has ended well: pictures must not change that
+            reason = (str(error).splitlines() or [""])[0]
+            tell(f"pictures of trial {trial.number:05d} left out: {type(error).__name__}: {reason}")
+            _remove(run)
+    if num_drawn:
+        tell(f"pictures of {num_drawn} kept trials are in TensorBoard")
+
+
+def worst_mistakes(
+    probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], num_most: int
+) -> list[int]:
+    """Return the misclassified images, the most confident first."""
+    by_confidence = np.argsort(-probabilities.max(axis=1), kind="stable")
+    wrong = probabilities.argmax(axis=1) != labels
+    return [int(index) for index in by_confidence if wrong[index]][:num_most]
+
+
+def _remove(run: Path) -> None:
+    for path in run.glob(f"*{FILE_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _draw(
+    record: Record, trial: Trial, manifest: Manifest, pack: Pack, device: torch.device
+) -> None:
+    sweep = record.sweep
+    best = trial.best_epoch(sweep.metric, sweep.mode)
+    assert best is not None  # noqa: S101  it has a checkpoint; narrows the type
+    module = load_trial(record, trial, manifest).to(device)
+    run = sweep.folder / "tensorboard" / trial.name
+    writer = SummaryWriter(str(run), filename_suffix=FILE_SUFFIX)
+    try:
+        _add_validation(writer, best, module, manifest, pack)
+        for epoch in sorted({1, (1 + best.epoch) // 2, best.epoch}):
+            views = _views(module, manifest, pack, epoch)
+            writer.add_image("pictures/augmented training images", views, epoch)
+    finally:
+        writer.close()
+
+
+def _add_validation(
+    writer: SummaryWriter, best: Epoch, module: ImageClassifier, manifest: Manifest, pack: Pack
+) -> None:
+    """Add what the network makes of the validation images."""
+    classes, step = manifest.classes, best.epoch
+    writer.add_image(CONFUSION_TAG, draw_confusion(np.asarray(best.confusion), classes), step)
+    rows = manifest.rows("val")
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).astype(int))]
+    images = np.asarray(pack.images()[rows])
+    labels = manifest.labels()[rows]
+    network = BundledNetwork(module.backbone, module.head).to(module.device)
+    with torch.inference_mode():
+        batches = torch.from_numpy(images).split(BATCH_SIZE)
+        logits = [network(_intensities(batch, module)).float().cpu() for batch in batches]
+    probabilities = softmax(torch.cat(logits).numpy())
+    writer.add_image("pictures/reliability", draw_reliability(probabilities, labels), step)
+    wrong = worst_mistakes(probabilities, labels, MAX_MISTAKES)
+    if not wrong:
+        return
+    decided = probabilities[wrong].argmax(axis=1)
+    maps = grad_cam(
+        network,
+        _intensities(torch.from_numpy(images[wrong]), module),
+        torch.from_numpy(decided).to(module.device),
+    )
+    values = enlarge(maps.float(), pack.image_size_px).cpu().numpy()
+    overlays = [draw_overlay(image, v) for image, v in zip(images[wrong], values, strict=True)]
+    captions = [
+        f"{classes[labels[index]]}, taken for {classes[guess]} {probabilities[index, guess]:.2f}"
+        for index, guess in zip(wrong, decided, strict=True)
+    ]
+    sheet = draw_pairs(images[wrong], overlays, captions)
+    writer.add_image("pictures/misclassified beside Grad-CAM", sheet, step)
+
+
+def _intensities(images: Tensor, module: ImageClassifier) -> Tensor:
+    return images.unsqueeze(1).to(module.device).float() / 255
+
+
+def _views(
+    module: ImageClassifier, manifest: Manifest, pack: Pack, epoch: int
+) -> npt.NDArray[np.uint8]:
+    """Return what some training images looked like to the network in an epoch, from 1."""
+    rows = manifest.rows("train")[:NUM_VIEWS]
+    images = torch.from_numpy(np.asarray(pack.images()[rows])).unsqueeze(1).to(module.device)
+    samples = torch.from_numpy(rows).to(module.device)
+    views = module.views(images, epoch=epoch - 1, samples=samples).float()
+    if views.shape[-1] > MAX_VIEW_PX:
+        views = F.interpolate(views, (MAX_VIEW_PX, MAX_VIEW_PX), mode="area")
+    return tile(views)

@@ -1,0 +1,118 @@
+"""A trial's TensorBoard run, as its worker writes it: params and curves."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytorch_lightning as pl
+from tensorboard.compat.proto import summary_pb2
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.hparams import summary_v2 as hp
+from torch.utils.tensorboard import SummaryWriter
+
+from search.tuning.callbacks import BEST_OF, confusion_of, epoch_metrics
+
+CURVES = (
+    "train_loss",
+    "val_loss",
+    "train_macro_f1",
+    "val_macro_f1",
+    "train_accuracy",
+    "val_accuracy",
+    "lr",
+)
+
+# Drawing a confusion matrix takes as long as an epoch on cached features: only trials that take
+# minutes draw any. Those that are kept are drawn when the sweep has ended, see ``pictures``.
+REDRAW_S = 60.0
+CONFUSION_TAG = "pictures/confusion matrix"
+
+
+class TrialBoard(pl.Callback):
+    """Writes a trial's run, epoch by epoch, params first.
+
+    The HParams tab shows a tag's last value, and users want the best: so the best so far is written
+    under ``best/`` at every epoch, and the tab is pointed there. It is right at any moment, also
+    for a trial that is stopped or fails.
+
+    Args:
+        log_dir: The run's folder.
+        name: The trial's.
+        params: For the HParams tab.
+        classes: Names for the confusion matrix.
+        metric: What the best epoch is chosen by.
+        resume: Where an earlier attempt got to, none if nowhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_dir: Path,
+        name: str,
+        params: dict[str, Any],
+        classes: tuple[str, ...],
+        metric: str,
+        resume: dict[str, Any] | None,
+    ) -> None:
+        # What an interrupted attempt wrote of the epoch that is repeated is dropped.
+        purge_step = None if resume is None else resume["last"]["epoch"] + 1
+        self.writer = SummaryWriter(str(log_dir), purge_step=purge_step)
+        self.classes = classes
+        self.metric = metric
+        self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
+        # A confusion matrix that is better than the one that was drawn last, and when that was.
+        self.undrawn: tuple[npt.NDArray[np.integer], int] | None = None
+        self.drawn_s = time.monotonic()
+        self.file = self.writer._get_file_writer()
+        # By name: two trials of the same params are two.
+        self.file.add_summary(hp.hparams_pb(params, trial_id=name))
+        self.writer.flush()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the curves and the best values so far."""
+        step = trainer.current_epoch + 1
+        metrics = epoch_metrics(trainer, pl_module)
+        for name in CURVES:
+            self.writer.add_scalar(name, metrics[name], step)
+        for name, better in BEST_OF.items():
+            value = metrics[name]
+            if not math.isfinite(value):
+                continue
+            improved = better(value, self.best.get(name, value)) == value
+            if improved and value != self.best.get(name):
+                self.best[name] = value
+                if name == self.metric:
+                    self.undrawn = confusion_of(pl_module).numpy(), step
+            self.writer.add_scalar(f"best/{name}", self.best[name], step)
+        if self.undrawn is not None and time.monotonic() - self.drawn_s > REDRAW_S:
+            # Most trials draw nothing, and need not import matplotlib.
+            from search.tuning.figures import draw_confusion
+
+            counts, best_step = self.undrawn
+            image = draw_confusion(counts, self.classes)
+            self.writer.add_image(CONFUSION_TAG, image, best_step)
+            self.drawn_s = time.monotonic()
+            self.undrawn = None
+        self.writer.flush()
+
+    def close(self, *, has_failed: bool) -> None:
+        """Close the run, however the trial ended."""
+        status = api_pb2.STATUS_FAILURE if has_failed else api_pb2.STATUS_SUCCESS
+        self.file.add_summary(_session_end(status))
+        self.writer.close()
+
+
+def _session_end(status: int) -> summary_pb2.Summary:
+    """Return the end of a trial for HParams; TensorBoard's own needs TensorFlow."""
+    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+    told = plugin_data_pb2.HParamsPluginData(session_end_info=end)
+    summary = summary_pb2.Summary()
+    summary.value.add(
+        tag=metadata.SESSION_END_INFO_TAG,
+        metadata=metadata.create_summary_metadata(told),
+        tensor=metadata.NULL_TENSOR,
+    )
+    return summary
