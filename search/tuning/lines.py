@@ -90,8 +90,9 @@ def ending(event: TrialEnded) -> Text:
         case "max_epochs":
             return Text(f"complete, best {shown(event.best)}", style="green")
         case "asha":
-            below = f"{shown(event.value)}, cut-off {shown(event.cutoff)}"
-            return Text(f"stopped by ASHA at epoch {event.epochs}: {below}", style="yellow")
+            is_low = (event.value or 0.0) < (event.cutoff or 0.0)
+            told = f"{shown(event.value)} {'<' if is_low else '>'} {shown(event.cutoff)}"
+            return Text(f"stopped by ASHA: {told} at epoch {event.epochs}", style="yellow")
         case "time_budget":
             return Text(f"out of time after epoch {event.epochs}", style="yellow")
         case "worker":

@@ -58,23 +58,21 @@ def draw_kept(record: Record, manifest: Manifest, pack: Pack, tell: Callable[[st
     if any(trial.state == "running" for trial in trials):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    num_drawn = 0
+    kept = [trial for trial in trials if has_checkpoint(trial, record.sweep)]
+    if kept:
+        tell(f"draws   {len(kept)} kept trials for TensorBoard: mistakes, Grad-CAM, reliability")
     for trial in trials:
         run = record.sweep.folder / "tensorboard" / trial.name
         is_drawn = any(run.glob(f"*{FILE_SUFFIX}"))
-        is_kept = has_checkpoint(trial, record.sweep)
         try:
-            if is_drawn and not is_kept:
+            if is_drawn and trial not in kept:
                 _remove(run)
-            elif is_kept and not is_drawn:
+            elif trial in kept and not is_drawn:
                 _draw(record, trial, manifest, pack, device)
-                num_drawn += 1
         except Exception as error:  # the sweep has ended well: pictures must not change that
             reason = (str(error).splitlines() or [""])[0]
             tell(f"pictures of trial {trial.number:05d} left out: {type(error).__name__}: {reason}")
             _remove(run)
-    if num_drawn:
-        tell(f"pictures of {num_drawn} kept trials are in TensorBoard")
 
 
 def worst_mistakes(

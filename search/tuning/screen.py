@@ -133,7 +133,8 @@ def compose(standing: Standing, width: int, height: int, messages: list[str]) ->
     room -= len(middle)
     if room > len(blank) and standing.endings:
         last = list(standing.endings)[: room - len(blank)]
-        middle += [*blank, *(Text.assemble(f"{end.name:<28} ", ending(end)) for end in last)]
+        columns = max(len(end.name) for end in last)
+        middle += [*blank, *(Text.assemble(f"{e.name:<{columns}}  ", ending(e)) for e in last)]
     middle += [Text() for _ in range(height - len(head) - len(foot) - len(middle))]
     lines = [*head, *middle, *foot][:height]
     for line in lines:
@@ -228,7 +229,7 @@ def _asha(standing: Standing) -> Text:
 
 def _features(standing: Standing) -> Text:
     told = [f"{count} {outcome}" for outcome, count in standing.features.most_common()]
-    return Text(f"features of frozen stages, by epoch: {' · '.join(told) or '-'}")
+    return Text(f"features: {' · '.join(told) or '-'}")
 
 
 def _pairs(params: dict[str, Any]) -> list[str]:
