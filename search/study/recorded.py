@@ -62,6 +62,7 @@ class Trial:
         epochs: In order, without gaps.
         attempt: How often it was started before.
         reason: Why it ended, for people.
+        faults: What went wrong that was not held against it, such as the loss of a worker.
     """
 
     number: int
@@ -72,6 +73,7 @@ class Trial:
     epochs: tuple[Epoch, ...]
     attempt: int
     reason: str
+    faults: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

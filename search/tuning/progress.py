@@ -77,15 +77,19 @@ class Progress(TrialProgressCallback):
         self._end(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Print why a trial failed."""
+        """Print why a trial failed, or was lost; nothing of one that ended with the sweep."""
         recorded = self._record.trial(trial.config["number"])
-        self._live.console.print(
-            Text(f"{trial.config['name']:<28} failed: {recorded.reason}", style="red")
-        )
+        said = f"failed: {recorded.reason}" if recorded.reason else "; ".join(recorded.faults[-1:])
+        if said:
+            self._live.console.print(Text(f"{trial.config['name']:<28} {said}", style="red"))
         self._end(trial)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Take the live line away."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the live line away, however the sweep ended."""
         self._live.stop()
 
     def _end(self, trial: Any) -> None:
