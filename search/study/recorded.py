@@ -37,6 +37,7 @@ class Epoch:
             ``max_epochs``; empty if it went on.
         features: What became of the frozen stages' features: cached, or computed, and why.
         ran_on: Host, device, and precision.
+        micro_batch_size: Most images passed at once, where memory did not allow whole batches.
     """
 
     epoch: int
@@ -47,6 +48,7 @@ class Epoch:
     stopped: str
     features: str
     ran_on: str
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -125,6 +125,7 @@ class ReportEpoch(pl.Callback):
                 "best": None if self.best is None else asdict(self.best),
                 "features": self.cache.outcome,
                 "leak": self.leak,
+                "micro_batch_size": _classifier(pl_module).micro_batches.size,
                 "ran_on": f"{socket.gethostname()} {pl_module.device} {trainer.precision}",
             }
         )
@@ -238,9 +239,13 @@ class TensorBoardCurves(pl.Callback):
 
 
 def _confusion(module: pl.LightningModule) -> Tensor:
-    assert isinstance(module, ImageClassifier)  # noqa: S101  narrows the type
-    counts: Tensor = module.val_confusion.compute().cpu()
+    counts: Tensor = _classifier(module).val_confusion.compute().cpu()
     return counts
+
+
+def _classifier(module: pl.LightningModule) -> ImageClassifier:
+    assert isinstance(module, ImageClassifier)  # noqa: S101  narrows the type
+    return module
 
 
 def epoch_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:

@@ -139,6 +139,7 @@ class StudyRecorder(Callback):
             stopped=stopped,
             features=result["features"],
             ran_on=result["ran_on"],
+            micro_batch_size=result.get("micro_batch_size"),
         )
         with self.storage_guard():
             self._record.add_epoch(number, epoch)
