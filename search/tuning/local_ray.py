@@ -17,7 +17,7 @@ import ray
 # In the environment of every process of one driver's Ray, so that they can be told from others'.
 MARK = "NEUROSWEEP_RAY"
 
-# A socket's path may have 107 bytes, of which Ray's own folders and names take up to 80.
+# A socket's path may have 107 bytes, of which Ray's folders and names, and ours, take up to 82.
 MAX_FOLDER_BYTES = 25
 
 # How long processes are given to end by themselves.
@@ -39,14 +39,15 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     mark = secrets.token_hex(8)
     os.environ[MARK] = mark
-    folder = None
-    if len(tempfile.gettempdir().encode()) <= MAX_FOLDER_BYTES:
-        folder = tempfile.mkdtemp(prefix="nsweep-")
-        options = {**options, "_temp_dir": folder}
+    above = tempfile.gettempdir()
+    if len(os.fsencode(above)) > MAX_FOLDER_BYTES:
+        above = "/tmp"  # noqa: S108  a new folder in it, for this user alone
+    folder = tempfile.mkdtemp(prefix="nsweep-", dir=above)
     try:
         ray.init(
             address="local",
             _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
             include_dashboard=False,
             **options,
         )
@@ -55,8 +56,7 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
         ray.shutdown()
         end_processes(mark)
         os.environ.pop(MARK, None)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_processes(mark: str) -> None:

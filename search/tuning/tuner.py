@@ -53,6 +53,7 @@ from search.tuning.resources import (
 )
 from search.tuning.scheduler import ResumableASHA
 from search.tuning.searcher import StudySearcher
+from search.tuning.silence import EndSilentWorkers
 from search.tuning.trial import Run, train_trial
 
 # For workers. glibc gives memory back to the system after every step and faults it in again on the
@@ -244,7 +245,7 @@ def run_trials(
                 name=sweep.name,
                 storage_path=str(ray_folder),
                 stop=EndOfSweep(recorder),
-                callbacks=[recorder, progress],
+                callbacks=[recorder, progress, EndSilentWorkers()],
                 verbose=0,
             ),
         )
