@@ -23,6 +23,7 @@ from lightning_modules.augmentation_settings import AugmentationSettings
 from lightning_modules.backbones import pool
 from lightning_modules.data.datamodule import Batch, Steps
 from lightning_modules.errors import InputError
+from lightning_modules.micro_batches import MicroBatches
 from lightning_modules.seeds import derive_seed
 from lightning_modules.stages import NUM_STAGES
 from lightning_modules.weights import (
@@ -50,6 +51,10 @@ class ImageClassifier(pl.LightningModule):
     ``seed``, the trial's own, fixes the head's initial values and dropout. The global generator is
     set from ``seed`` at every step, so that an epoch can be replayed without the ones before it.
 
+    Where a step runs out of memory, its batch is passed in parts, halved until they fit, whose
+    gradients add up to the batch's. Loss, learning rate, and the head's dropout stay the batch's;
+    BatchNorm of unfrozen stages sees the parts, and stochastic depth is drawn for each anew.
+
     Its checkpoints hold what is trained and the digest of what is frozen; loading one builds the
     frozen part from ``weights_path`` again and compares.
 
@@ -72,6 +77,9 @@ class ImageClassifier(pl.LightningModule):
         augmentation: Fields of ``AugmentationSettings`` that differ from its defaults.
         augmentation_strength: Scales all of them; 0 trains on the images as they are.
         image_size_px: Height and width.
+
+    Attributes:
+        micro_batches: How many images are passed at once.
 
     References:
         Loshchilov and Hutter, AdamW, https://arxiv.org/abs/1711.05101; cosine annealing,
@@ -116,6 +124,7 @@ class ImageClassifier(pl.LightningModule):
         self.max_epochs = max_epochs
         self.warmup_epochs = warmup_epochs
         self.seed = seed
+        self.micro_batches = MicroBatches()
 
         path = None if weights_path is None else Path(weights_path)
         self.backbone = initial_backbone(
@@ -219,19 +228,32 @@ class ImageClassifier(pl.LightningModule):
             outputs.append(pool(block) if is_pooled else block)
         return torch.cat(outputs)[: len(activations)]
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return class logits ``(B, num_classes)`` of what the frozen stages return."""
+    def logits(self, features: Tensor, *, kept: Tensor | None = None) -> Tensor:
+        """Return class logits ``(B, num_classes)`` of what the frozen stages return.
+
+        Args:
+            features: What ``frozen_features`` returns.
+            kept: Shape ``(B, num_features)``: what dropout multiplies by; drawn if not given.
+        """
         if self.frozen_stages < len(self.backbone.stages):
             features = pool(self.backbone.run(features, first_stage=self.frozen_stages))
-        return self.head(self.dropout(features))  # type: ignore[no-any-return]  # nn.Module: Any
+        dropped = self.dropout(features) if kept is None else features * kept
+        return self.head(dropped)  # type: ignore[no-any-return]  # nn.Module: Any
 
-    def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss_of(
+        self, batch: Batch, *, whole: Batch | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss and the logits of a training step, on views of the current epoch.
 
         With image weights r the loss is the sum of r times each image's loss, over the sum of the
         images' class weights: an image of weight 2 pulls like two of weight 1.
+
+        Args:
+            batch: What is passed.
+            whole: The batch that it is a part of, if it is: losses of parts add up to its loss.
+            kept: What dropout multiplies by; drawn if not given.
         """
-        logits = self.logits(self._features(batch, epoch=self.current_epoch))
+        logits = self.logits(self._features(batch, epoch=self.current_epoch), kept=kept)
         loss_of = functools.partial(
             F.cross_entropy,
             logits,
@@ -239,12 +261,14 @@ class ImageClassifier(pl.LightningModule):
             weight=self.class_weights,
             label_smoothing=self.label_smoothing,
         )
-        if batch.weights is None:
+        if batch.weights is None and whole is None:
             return loss_of(), logits
-        total = (batch.weights * loss_of(reduction="none")).sum()
+        losses = loss_of(reduction="none")
+        total = (losses if batch.weights is None else batch.weights * losses).sum()
+        labels = batch.labels if whole is None else whole.labels
         if self.class_weights is None:
-            return total / len(batch.labels), logits
-        return total / self.class_weights[batch.labels].sum(), logits
+            return total / len(labels), logits
+        return total / self.class_weights[labels].sum(), logits
 
     def training_step(self, steps: Steps, batch_index: int) -> None:
         """Train on the views of one epoch, step by step."""
@@ -252,17 +276,15 @@ class ImageClassifier(pl.LightningModule):
         logits, labels, losses = [], [], []
         for index, batch in enumerate(steps):
             self._set_lr(optimizer, self.current_epoch * len(steps) + index, len(steps))
-            # Dropout as a function of (seed, epoch, step), whatever drew from the generator before.
-            self._seed_dropout(derive_seed("step", self.seed, self.current_epoch, index))
-            loss, step_logits = self.loss_of(batch)
-            optimizer.zero_grad()
+            seed = derive_seed("step", self.seed, self.current_epoch, index)
+            backward = functools.partial(self._backward, batch, seed, optimizer)
+            loss, step_logits = self.micro_batches.shrink_to_fit(backward, len(batch.labels))
             # Lightning's autocast spans the whole epoch; it is meant for the way forward.
             with torch.autocast(self.device.type, enabled=False):
-                loss.backward()
                 optimizer.step()
-            logits.append(step_logits.detach())
+            logits.append(step_logits)
             labels.append(batch.labels)
-            losses.append(loss.detach())
+            losses.append(loss)
         self.train_scores.update(torch.cat(logits), torch.cat(labels))
         self.log_dict(self.train_scores, on_step=False, on_epoch=True, batch_size=1)
         self.log(
@@ -271,12 +293,39 @@ class ImageClassifier(pl.LightningModule):
 
     def validation_step(self, steps: Steps, batch_index: int) -> None:
         """Score the validation images as they are."""
-        pairs = [(self.logits(self._features(b, epoch=None)).float(), b.labels) for b in steps]
-        logits, labels = (torch.cat(values) for values in zip(*pairs, strict=True))
+        parts, targets = [], []
+        for batch in steps:
+            score = functools.partial(self._score, batch)
+            parts.append(self.micro_batches.shrink_to_fit(score, len(batch.labels)))
+            targets.append(batch.labels)
+        logits, labels = torch.cat(parts), torch.cat(targets)
         self.val_scores.update(logits, labels)
         self.val_confusion.update(logits, labels)
         self.log_dict(self.val_scores, batch_size=1)
         self.log("val_loss", F.cross_entropy(logits, labels), batch_size=1)
+
+    def _backward(self, batch: Batch, seed: int, optimizer: Any) -> tuple[Tensor, Tensor]:
+        """Leave a step's gradients on the parameters; return its loss and logits, detached."""
+        # Dropout as a function of (seed, epoch, step), whatever drew from the generator before.
+        self._seed_dropout(seed)
+        optimizer.zero_grad()
+        parts = self.micro_batches.parts(batch)
+        whole, kept = None, [None]
+        if len(parts) > 1:
+            ones = torch.ones(len(batch.labels), self.head.in_features, device=self.device)
+            whole, kept = batch, self.dropout(ones).tensor_split(len(parts))
+        logits, losses = [], []
+        for part, part_kept in zip(parts, kept, strict=True):
+            loss, part_logits = self.loss_of(part, whole=whole, kept=part_kept)
+            with torch.autocast(self.device.type, enabled=False):
+                loss.backward()
+            logits.append(part_logits.detach())
+            losses.append(loss.detach())
+        return torch.stack(losses).sum(), torch.cat(logits)
+
+    def _score(self, batch: Batch) -> Tensor:
+        parts = self.micro_batches.parts(batch)
+        return torch.cat([self.logits(self._features(b, epoch=None)).float() for b in parts])
 
     def _features(self, batch: Batch, *, epoch: int | None) -> Tensor:
         if batch.features is not None:

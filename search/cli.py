@@ -9,15 +9,20 @@ from typing import Any
 
 from lightning_modules.errors import InputError
 from search import commands
+from search.interruption import Interrupted, unwind_on_sigterm
 
 DESCRIPTION = "Hyperparameter search for transfer learning on brain MRI."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; exit 0 if it succeeded, 2 after a mistake of the user, 130 after Ctrl-C."""
+    """Run the command; exit 0 if it succeeded, 2 after a mistake of the user.
+
+    1 is for work that was done and failed, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     options = _parser().parse_args(arguments)
     # Pillow would warn of an image beside the one line that refuses it.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    unwind_on_sigterm()
     try:
         options.run(options)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that is not permitted
@@ -25,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"neurosweep: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if options.debug:
             raise
         print("neurosweep: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(error.exit_code if isinstance(error, Interrupted) else 130)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,12 +2,13 @@
 
 import argparse
 import collections
+import contextlib
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,17 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     from search.tuning import tuner
 
     run = tuner.launch_sweep if is_new else tuner.resume_sweep
-    record = run(
-        sweep,
-        manifest,
-        pack,
-        address=address,
-        tell=console.print,
-        wait_s=options.wait_s,
-        as_json=options.json,
-    )
+    again = f"neurosweep resume {sweep.reference}"
+    with _said_how_to_go_on(console, again, if_there=sweep.folder / "sweep.yaml"):
+        record = run(
+            sweep,
+            manifest,
+            pack,
+            address=address,
+            tell=console.print,
+            wait_s=options.wait_s,
+            as_json=options.json,
+        )
     elapsed_s = time.monotonic() - start_s
     print_trials(console, record, num_rows=20)
     if options.json:
@@ -121,6 +124,27 @@ def _tell_end(record: Any, *, elapsed_s: float, confirmation: dict[str, Any] | N
 
     event = sweep_ended(record, elapsed_s=elapsed_s, confirmation=confirmation)
     JsonLines(record.sweep.name).show(event)
+
+
+@contextlib.contextmanager
+def _said_how_to_go_on(console: Console, command: str, *, if_there: Path) -> Iterator[None]:
+    """Say how to go on with trials that were interrupted, or whose code is at fault."""
+    from search.tuning.faults import AlikeFailuresError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if if_there.exists():
+            console.print(f"interrupted; go on with\n  {command}", soft_wrap=True)
+        raise
+    except AlikeFailuresError as error:
+        print(error.traceback, file=sys.stderr)
+        print(
+            "neurosweep: the first trials failed alike, before any epoch: mend the code, then "
+            f"`{command}` runs them again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def _told_by(bar: Bar) -> Callable[[str, int, int], None]:
@@ -188,8 +212,9 @@ def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
     console.print(f"frozen stages: {told}", soft_wrap=True)
     cut_short = len(trials) < sweep.search.num_trials and sweep.search.time_budget_s is None
     if cut_short or any(trial.state == "running" for trial in trials):
-        console.print(f"interrupted; go on with\n  neurosweep resume {sweep.reference}")
-        sys.exit(130)
+        command = f"neurosweep resume {sweep.reference}"
+        console.print(f"not every trial has ended; go on with\n  {command}", soft_wrap=True)
+        sys.exit(1)
     if all(trial.state == "failed" for trial in trials):
         print("neurosweep: every trial failed; the table says why", file=sys.stderr)
         sys.exit(1)
@@ -248,17 +273,19 @@ def confirm(options: argparse.Namespace) -> None:
             manifest, pack = prepare_data(sweep, _told_by(bar))
         from search.confirm import confirm_sweep, print_confirmation
 
-        confirmation = confirm_sweep(
-            record,
-            manifest,
-            pack,
-            top=options.top,
-            seeds=options.seeds,
-            address=address,
-            tell=console.print,
-            wait_s=options.wait_s,
-            as_json=options.json,
-        )
+        command = shlex.join(["neurosweep", *sys.argv[1:]])
+        with _said_how_to_go_on(console, command, if_there=sweep.folder):
+            confirmation = confirm_sweep(
+                record,
+                manifest,
+                pack,
+                top=options.top,
+                seeds=options.seeds,
+                address=address,
+                tell=console.print,
+                wait_s=options.wait_s,
+                as_json=options.json,
+            )
     print_confirmation(console, confirmation)
     if options.json:
         _tell_end(record, elapsed_s=time.monotonic() - start_s, confirmation=confirmation)

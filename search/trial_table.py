@@ -56,9 +56,17 @@ def print_trials(console: Console, record: Record, *, num_rows: int) -> None:
 
 
 def _state(trial: Trial) -> str:
+    state = str(trial.state)
     if trial.state == "pruned":
-        return "out of time" if trial.reason == "time_budget" else "stopped"
-    return f"failed: {trial.reason}" if trial.state == "failed" else str(trial.state)
+        state = "out of time" if trial.reason == "time_budget" else "stopped"
+    elif trial.state == "failed":
+        state = f"failed: {trial.reason}"
+    notes = [state]
+    if trial.faults and trial.state != "failed":
+        notes.append(f"{len(trial.faults)} attempts lost")
+    if trial.epochs and trial.epochs[-1].micro_batch_size is not None:
+        notes.append(f"micro-batches of {trial.epochs[-1].micro_batch_size}")
+    return ", ".join(notes)
 
 
 def _cell(value: Any) -> str:

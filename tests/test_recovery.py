@@ -23,8 +23,9 @@ from search.space import Float, Int
 from search.study.record import Record
 from search.study.recorded import Trial
 from search.sweep import DataSettings, SchedulerSettings, SearchSettings, Sweep, TrainingSettings
+from search.tuning.recorder import EndOfSweep, StudyRecorder
 from search.tuning.scheduler import ResumableASHA
-from search.tuning.searcher import EndOfSweep, StudyRecorder, StudySearcher
+from search.tuning.searcher import StudySearcher
 
 
 class Killed(BaseException):
@@ -260,7 +261,7 @@ def test_a_time_budget_ends_every_trial_and_tells_it(
     )
     sweep.folder.mkdir(parents=True)
     clock_s = [0.0]
-    monkeypatch.setattr("search.tuning.searcher.time.monotonic", lambda: clock_s[0])
+    monkeypatch.setattr("search.tuning.recorder.time.monotonic", lambda: clock_s[0])
 
     def take_ten_seconds(number: int, epoch: int) -> None:
         clock_s[0] += 10

@@ -115,8 +115,9 @@ def simulate(folder: str, num_trials: int, sampler: str) -> dict[str, Any]:
     from ray.tune.schedulers import TrialScheduler
 
     from search.study.record import Record
+    from search.tuning.recorder import EndOfSweep, StudyRecorder
     from search.tuning.scheduler import ResumableASHA
-    from search.tuning.searcher import EndOfSweep, StudyRecorder, StudySearcher
+    from search.tuning.searcher import StudySearcher
 
     sweep = make_sweep(folder, num_trials, sampler)
     record = Record.create(sweep, {})

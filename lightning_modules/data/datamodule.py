@@ -40,6 +40,15 @@ class Batch(NamedTuple):
     rows: Tensor
     weights: Tensor | None = None
 
+    def split(self, size: int) -> list["Batch"]:
+        """Return parts of at most ``size`` images, as equal as can be, in the batch's order."""
+        num_parts = -(-len(self.labels) // size)
+        parts = [
+            [None] * num_parts if values is None else values.tensor_split(num_parts)
+            for values in self
+        ]
+        return [Batch(*part) for part in zip(*parts, strict=True)]
+
 
 # Returns the features of all rows of a split at an epoch, in the split's order, or none.
 FeaturesOf = Callable[[str, int], Tensor | None]

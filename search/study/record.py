@@ -208,6 +208,11 @@ class Record:
         self._tables.update_trial(self._trial_id(number), {"attempt": restarted.attempt})
         return restarted
 
+    def add_fault(self, number: int, fault: str) -> None:
+        """Record what went wrong in an unfinished trial and is not held against it."""
+        faults = [*self.trial(number).faults, fault]
+        self._tables.update_trial(self._trial_id(number), {"faults": faults})
+
     def add_epoch(self, number: int, epoch: Epoch) -> None:
         """Record what an epoch reported, and if it stopped the trial, its end, in one commit.
 
@@ -325,4 +330,5 @@ def _read_trial(number: int, state: TrialState, attributes: Mapping[str, Any]) -
         epochs=tuple(epochs),
         attempt=attributes.get("attempt", 0),
         reason=attributes.get("reason", ""),
+        faults=tuple(attributes.get("faults", ())),
     )

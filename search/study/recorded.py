@@ -37,6 +37,7 @@ class Epoch:
             ``max_epochs``; empty if it went on.
         features: What became of the frozen stages' features: cached, or computed, and why.
         ran_on: Host, device, and precision.
+        micro_batch_size: Most images passed at once, where memory did not allow whole batches.
     """
 
     epoch: int
@@ -47,6 +48,7 @@ class Epoch:
     stopped: str
     features: str
     ran_on: str
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,7 @@ class Trial:
         epochs: In order, without gaps.
         attempt: How often it was started before.
         reason: Why it ended, for people.
+        faults: What went wrong that was not held against it, such as the loss of a worker.
     """
 
     number: int
@@ -72,6 +75,7 @@ class Trial:
     epochs: tuple[Epoch, ...]
     attempt: int
     reason: str
+    faults: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -107,6 +107,7 @@ class ReportEpoch(pl.Callback):
                 "best": None if self.best is None else asdict(self.best),
                 "features": self.cache.outcome,
                 "leak": self.leak,
+                "micro_batch_size": _classifier(pl_module).micro_batches.size,
                 "ran_on": f"{socket.gethostname()} {pl_module.device} {trainer.precision}",
             }
         )
@@ -129,9 +130,13 @@ class ReportEpoch(pl.Callback):
 
 def confusion_of(module: pl.LightningModule) -> Tensor:
     """Return the finished epoch's confusion matrix of the validation images."""
-    assert isinstance(module, ImageClassifier)  # noqa: S101  narrows the type
-    counts: Tensor = module.val_confusion.compute().cpu()
+    counts: Tensor = _classifier(module).val_confusion.compute().cpu()
     return counts
+
+
+def _classifier(module: pl.LightningModule) -> ImageClassifier:
+    assert isinstance(module, ImageClassifier)  # noqa: S101  narrows the type
+    return module
 
 
 def epoch_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:

@@ -62,6 +62,8 @@ class ResumableASHA(ASHAScheduler):
         self._sweep = sweep
         self._sign = 1.0 if sweep.mode == "max" else -1.0
         self._unfinished: dict[int, Trial] = {}
+        # Ray's name of each trial that was started and has not ended.
+        self._ids: dict[int, str] = {}
         self.reasons: dict[str, str] = {}
         self.cutoffs: dict[str, float] = {}
         for trial in trials:
@@ -72,13 +74,27 @@ class ResumableASHA(ASHAScheduler):
                 self._replay(trial, f"recorded-{trial.number}")
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Put a resumed trial's recorded epochs into the rungs under its new id."""
+        """Put a resumed trial's recorded epochs into the rungs under its new id.
+
+        One whose worker was lost has them there, under the id that it had with that worker.
+        """
         super().on_trial_add(tune_controller, trial)
         # Ray draws one at random.
         self._trial_info[trial.trial_id] = self._brackets[self._level(trial)]
-        recorded = self._unfinished.pop(trial.config["number"], None)
+        number = trial.config["number"]
+        recorded = self._unfinished.pop(number, None)
         if recorded is not None:
             self._replay(recorded, trial.trial_id)
+        earlier = self._ids.pop(number, None)
+        for bracket in self._brackets:
+            for _, values in bracket._rungs:
+                if earlier in values:
+                    values[trial.trial_id] = values.pop(earlier)
+        self._ids[number] = trial.trial_id
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Forget a trial that failed, except what it reached; it may come back."""
+        self.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Leave the order to Ray, which asks at every step and goes through all the trials."""
@@ -106,6 +122,7 @@ class ResumableASHA(ASHAScheduler):
         """Forget a trial that ended; the value that diverged stays out of the rungs."""
         self.reasons.pop(trial.trial_id, None)
         self.cutoffs.pop(trial.trial_id, None)
+        self._ids.pop(trial.config["number"], None)
         if _is_finite(result):
             super().on_trial_complete(tune_controller, trial, result)
             self._tell_dearer(trial, result)

@@ -5,9 +5,7 @@ import dataclasses
 import logging
 import os
 import platform
-import secrets
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,8 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# Ctrl-C is ours: Tune waits in silence for epochs to end, and then for ten seconds more.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
@@ -35,11 +35,15 @@ from lightning_modules.network_cost import measure_costs
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
+from search.interruption import Interruption, unwind_on_sigterm
 from search.study.record import Record
 from search.sweep import Sweep, TrialParams
+from search.tuning.faults import AlikeFailuresError
+from search.tuning.local_ray import local_ray
 from search.tuning.nodes import check_nodes, wait_for_node
 from search.tuning.pictures import draw_kept
 from search.tuning.progress import Progress
+from search.tuning.recorder import EndOfSweep, StudyRecorder
 from search.tuning.resources import (
     Shares,
     check_devices,
@@ -51,7 +55,8 @@ from search.tuning.resources import (
     whole_resources,
 )
 from search.tuning.scheduler import ResumableASHA
-from search.tuning.searcher import EndOfSweep, StudyRecorder, StudySearcher
+from search.tuning.searcher import StudySearcher
+from search.tuning.silence import EndSilentWorkers
 from search.tuning.survey import source_digest
 from search.tuning.trial import Run, train_trial
 
@@ -215,6 +220,7 @@ def _run(
         max_concurrent_trials=sweep.search.max_concurrent_trials or max_concurrent(smallest),
         is_local=is_local,
         as_json=as_json,
+        tell=tell,
     )
     draw_kept(record, manifest, pack, tell)
 
@@ -226,6 +232,7 @@ def run_trials(
     max_concurrent_trials: int,
     is_local: bool,
     as_json: bool = False,
+    tell: Tell = print,
 ) -> None:
     """Run the trials that a record has yet to see the end of.
 
@@ -235,27 +242,35 @@ def run_trials(
         max_concurrent_trials: Trials at a time.
         is_local: Whether all of it happens on this machine.
         as_json: Whether events go to standard output.
+        tell: Given a line for the user now and then.
 
     Raises:
         InputError: If the sweep's storage gave out.
+        AlikeFailuresError: If the trials' code is at fault.
+        Interrupted: If the user ended it.
     """
     sweep = record.sweep
     scheduler = ResumableASHA(sweep, record.trials(), record.costs)
-    recorder = StudyRecorder(record, scheduler)
+    interruption = Interruption()
+    recorder = StudyRecorder(record, scheduler, interruption=interruption, tell=tell)
     unfinished = recorder.take_up()
     remaining = len(unfinished) + sweep.search.num_trials - record.num_trials
     if remaining <= 0:
         return
-    with record.being_written(), tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch:
+    progress = Progress(record, scheduler, as_json=as_json)
+    with (
+        record.being_written(),
+        tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch,
+        interruption,
+    ):
         # Never read back, but on a cluster every node has to see it.
         ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
-        progress = Progress(record, scheduler, as_json=as_json)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=StudySearcher(record, unfinished, recorder),
                 scheduler=scheduler,
-                num_samples=remaining,
+                num_samples=-1,  # the searcher knows: a trial whose worker is lost comes twice
                 # Without it Ray creates the trials of a custom searcher one after another.
                 max_concurrent_trials=min(max_concurrent_trials, remaining),
                 # Importing torch and Lightning takes longer than a short trial.
@@ -267,7 +282,7 @@ def run_trials(
                 name=sweep.name,
                 storage_path=str(ray_folder),
                 stop=EndOfSweep(recorder),
-                callbacks=[recorder, progress],
+                callbacks=[recorder, progress, EndSilentWorkers()],
                 verbose=0,
             ),
         )
@@ -277,14 +292,15 @@ def run_trials(
             tuner.fit()
         finally:
             progress.close()
-        # Tune's own handler would swallow the next Ctrl-C.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        recorder.settle()
         shutil.rmtree(sweep.folder / "ray", ignore_errors=True)
     if recorder.storage_error:
         raise InputError(
             f"the sweep's storage must take what is written; {recorder.storage_error}: make room, "
             f"then `neurosweep resume {sweep.reference}`; nothing recorded is lost"
         )
+    if recorder.bug:
+        raise AlikeFailuresError(recorder.bug.traceback)
 
 
 def _measured(record: Record, tell: Tell, *, is_local: bool) -> dict[str, Any]:
@@ -330,24 +346,19 @@ def connected(address: str | None) -> Iterator[None]:
         "logging_level": logging.ERROR,
     }
     if address is None:
-        # Ray asks for a token by default, also on loopback, which a machine's users share. Given
-        # here, the token is this sweep's alone and none is written to the home folder.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            include_dashboard=False,
-            **options,
-        )
-    else:
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"--address must be a Ray cluster that answers; got {address}: {reason}"
-            ) from error
+        with local_ray(options):
+            # Ray takes it to end with an exit code of its own.
+            unwind_on_sigterm()
+            yield
+        return
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--address must be a Ray cluster that answers; got {address}: {reason}"
+        ) from error
+    unwind_on_sigterm()
     try:
         yield
     finally:

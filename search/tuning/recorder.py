@@ -1,0 +1,249 @@
+"""What becomes of trials: every epoch and every ending, committed to the record as it arrives."""
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.tune import Callback, Stopper
+
+from search.cost_levels import CostLevels
+from search.interruption import Interrupted, Interruption
+from search.study.record import Record, encode_metrics
+from search.study.recorded import CheckpointFile, Epoch, Trial
+from search.study.storage import STORAGE_ERRORS
+from search.tuning.checkpoint_files import remove_all_but
+from search.tuning.faults import MAX_RESTARTS, Fault, read_fault
+from search.tuning.scheduler import ResumableASHA
+
+
+class StudyRecorder(Callback):
+    """Commits every epoch and every ending to the record as it arrives.
+
+    A trial that fails before any trial of this run has reported may not be the one to blame: what
+    becomes of it is settled by the first report, or by a second failure at the same place.
+
+    Args:
+        record: Written to.
+        scheduler: Asked why a trial was stopped.
+        interruption: Asked whether the user wants the sweep to end.
+        tell: Given a line for the user now and then.
+
+    Attributes:
+        storage_error: What was said, once storage has given out; trials that end after that are
+            left as they are, to be resumed.
+        bug: What two trials failed with alike before any had reported; none if none did.
+        open: The trials that were handed out and have not ended.
+        again: The trials to hand out once more, since their worker was lost.
+        deadline_s: When the time budget is used up, on the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        scheduler: ResumableASHA,
+        *,
+        interruption: Interruption | None = None,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self._record = record
+        self._scheduler = scheduler
+        self._levels = CostLevels(record.costs)
+        # Of the best few of each cost: the score, and the number turned round, so that the earlier
+        # one wins.
+        self._kept: list[list[tuple[float, int]]] = [[] for _ in range(len(self._levels))]
+        self._unsettled: dict[int, Fault] = {}
+        self._has_report = False
+        self.storage_error = ""
+        self.bug: Fault | None = None
+        self._interruption = interruption or Interruption()
+        self._tell = tell
+        self._trials: list[Any] = []
+        self.open: set[int] = set()
+        self.again: deque[int] = deque()
+        self.deadline_s = time.monotonic() + (record.sweep.search.time_budget_s or math.inf)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Stay out of Ray's snapshot, which is never read back."""
+        return {}
+
+    def is_over(self) -> bool:
+        """Tell whether no trial is to be started any more."""
+        return self.is_ending() or time.monotonic() > self.deadline_s
+
+    def is_ending(self) -> bool:
+        """Tell whether trials are to end where they stand, to be resumed later."""
+        return bool(self._interruption.number or self.storage_error or self.bug)
+
+    @contextlib.contextmanager
+    def storage_guard(self) -> Iterator[None]:
+        """Turn what a full or vanished storage raises into the end of the sweep."""
+        try:
+            yield
+        except (OSError, *STORAGE_ERRORS) as error:
+            self.storage_error = (str(error.__cause__ or error).splitlines() or [""])[0]
+
+    def take_up(self) -> list[Trial]:
+        """Bring the record in order after a kill; return the trials to run again.
+
+        Checkpoints that should have gone go.
+        """
+        unfinished = []
+        for trial in self._record.trials():
+            if trial.state == "running":
+                unfinished.append(trial)
+            else:
+                self._retain(trial.number, trial.epochs[-1].best if trial.epochs else None)
+        return unfinished
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Remember the trials, whose workers may have to be ended."""
+        self._trials = trials
+
+    def end_workers(self) -> None:
+        """End the workers where they stand; what they reported is recorded.
+
+        Ray's own way waits for their epochs to end, and then for ten seconds more.
+
+        Raises:
+            Interrupted: If the user ends the sweep; nothing of Ray's is waited for then, since it
+                may have been ended by the same signal.
+        """
+        for trial in self._trials:
+            if trial.temporary_state.ray_actor is not None:
+                ray.kill(trial.temporary_state.ray_actor)
+        if self._interruption.number:
+            raise Interrupted(self._interruption.number)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Commit an epoch, with the decision that the scheduler has just taken on it.
+
+        If that ended the trial, its end is in the same commit.
+        """
+        if self.is_ending():
+            return
+        number = trial.config["number"]
+        stopped = ""
+        if result.get("done"):
+            at_end = result["epoch"] >= self._record.sweep.training.max_epochs
+            otherwise = "max_epochs" if at_end else "time_budget"
+            stopped = self._scheduler.reasons.get(trial.trial_id, otherwise)
+        epoch = Epoch(
+            epoch=result["epoch"],
+            metrics=encode_metrics(result["metrics"]),
+            confusion=result["confusion"],
+            last=_file(result["last"]),
+            best=_file(result["best"]),
+            stopped=stopped,
+            features=result["features"],
+            ran_on=result["ran_on"],
+            micro_batch_size=result.get("micro_batch_size"),
+        )
+        with self.storage_guard():
+            self._record.add_epoch(number, epoch)
+            if stopped:
+                self.open.discard(number)
+                self._retain(number, epoch.best)
+        self._has_report = True
+        self.settle()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record why a trial failed, or have it run again if that was not its fault."""
+        number = trial.config["number"]
+        if self.is_ending() or number not in self.open:
+            return
+        self.open.discard(number)
+        fault = read_fault(trial)
+        if fault.kind == "storage":
+            self.storage_error = fault.reason
+        elif fault.kind == "worker":
+            self._run_again(number, fault)
+        elif fault.kind == "trial" and not self._has_report:
+            alike = [other for other in self._unsettled.values() if other.place == fault.place]
+            with self.storage_guard():
+                self._record.add_fault(number, fault.reason)
+            self._unsettled[number] = fault
+            if alike:
+                self.bug = fault
+        else:
+            self._fail(number, fault.reason)
+
+    def settle(self) -> None:
+        """Record the failures that nothing but their own trials can be blamed for."""
+        if self.bug is None:
+            while self._unsettled and not self.is_ending():
+                number, fault = self._unsettled.popitem()
+                self._fail(number, fault.reason)
+
+    def _run_again(self, number: int, fault: Fault) -> None:
+        with self.storage_guard():
+            num_lost = len(self._record.trial(number).faults)
+            if num_lost >= MAX_RESTARTS:
+                self._fail(number, f"{fault.reason}; so were {num_lost} others before")
+                return
+            self._record.add_fault(number, fault.reason)
+            self.again.append(number)
+
+    def _fail(self, number: int, reason: str) -> None:
+        with self.storage_guard():
+            self._record.finish(number, "failed", reason)
+            self._retain(number, None)
+
+    def _retain(self, number: int, best: CheckpointFile | None) -> None:
+        """Keep the checkpoint of the best few only: disk does not grow with the trials."""
+        sweep = self._record.sweep
+        if self._record.state(number) == "failed":
+            self._drop_checkpoints(number)
+            return
+        if number == 0:
+            # The baseline's stays, whatever its rank: winners are compared with it.
+            self._drop_checkpoints(number, keep=best)
+            return
+        value = self._record.best_value(number)
+        score = -math.inf if value is None else (value if sweep.mode == "max" else -value)
+        kept = self._kept[self._levels.of(self._record.backbone(number))]
+        kept.append((score, -number))
+        self._drop_checkpoints(number, keep=best)
+        if len(kept) > sweep.search.keep_trials:
+            worst = min(kept)
+            kept.remove(worst)
+            self._drop_checkpoints(-worst[1])
+
+    def _drop_checkpoints(self, number: int, *, keep: CheckpointFile | None = None) -> None:
+        folder = self._record.sweep.folder
+        kept = [] if keep is None else [folder / keep.path]
+        # A file that will not go is no reason to lose the trial; the next resume tries again.
+        with contextlib.suppress(OSError):
+            remove_all_but(folder / "trials" / f"{number:05d}", kept)
+
+
+class EndOfSweep(Stopper):
+    """Ends trials at their next report once time is over, and at once when the sweep is ending.
+
+    Ray's own time budget takes running trials away without a word to searcher or callbacks.
+
+    Args:
+        recorder: Knows.
+    """
+
+    def __init__(self, recorder: StudyRecorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Tell whether a trial that has just reported is to stop."""
+        return self._recorder.is_over()
+
+    def stop_all(self) -> bool:
+        """Tell whether everything is to stop, and make it quick."""
+        if self._recorder.is_ending():
+            self._recorder.end_workers()
+        return self._recorder.is_ending()
+
+
+def _file(given: dict[str, Any] | None) -> CheckpointFile | None:
+    return None if given is None else CheckpointFile(**given)

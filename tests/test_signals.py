@@ -1,0 +1,155 @@
+"""Ctrl-C and SIGTERM end a sweep in a moment, with nothing left running and nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from search.interruption import Interrupted, Interruption, unwind_on_sigterm
+from search.results import open_sweep
+from search.study.record import Record
+from search.study.recorded import Trial
+
+SWEEP = """
+name: signalled
+metric: val_loss
+data: {phantom: {num_patients: 30, slices_per_patient: 2, image_size_px: 32}, image_size_px: 32}
+weights: random
+params: {backbone: mobilenet_v2, unfreeze_depth: 5, batch_size: 16}
+space: {lr: {low: 1.0e-4, high: 1.0e-2, log: true}}
+training: {max_epochs: 500, precision: 32-true}
+search: {num_trials: 2, max_concurrent_trials: 2, sampler: random}
+scheduler: null
+"""
+
+# Slurm gives 30 s.
+GRACE_S = 30
+
+
+class Driver:
+    """A sweep in a process of its own, and in a process group of its own, as a shell has it."""
+
+    def __init__(self, storage: Path, scratch: Path, *arguments: str) -> None:
+        self.storage = storage
+        self.mark = f"NEUROSWEEP_TEST={os.urandom(8).hex()}"
+        name, _, value = self.mark.partition("=")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "search.cli", *arguments, "--storage", str(storage)],
+            env=os.environ | {name: value, "TMPDIR": str(scratch)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for_epochs(self, more_than: int) -> None:
+        deadline_s = time.monotonic() + 300
+        while num_epochs(self.storage) <= more_than:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline_s, "the sweep does not get on"
+            time.sleep(0.2)
+
+    def communicate(self) -> str:
+        return self.process.communicate(timeout=2 * GRACE_S)[0]
+
+    def processes(self) -> list[str]:
+        """Command lines of everything that it has started and that still runs."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+        return found
+
+
+def read_trials(storage: Path) -> list[Trial]:
+    return Record.open(open_sweep("signalled", storage)).trials()
+
+
+def num_epochs(storage: Path) -> int:
+    if not (storage / "signalled" / "sweep.yaml").is_file():
+        return 0
+    return sum(len(trial.epochs) for trial in read_trials(storage))
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files whose name is short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_signal_ends_a_sweep_within_the_grace_time_and_resume_goes_on(
+    tmp_path: Path, scratch: Path
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    storage = tmp_path / "sweeps"
+    hint = f"neurosweep resume signalled --storage {storage}"
+
+    # SIGTERM to the whole group, as Slurm sends it: Ray's own processes get it, too.
+    driver = Driver(storage, scratch, "launch", str(tmp_path / "sweep.yaml"))
+    driver.wait_for_epochs(2)
+    start_s = time.monotonic()
+    os.killpg(driver.process.pid, signal.SIGTERM)
+    output = driver.communicate()
+    assert driver.process.returncode == 143, output
+    assert time.monotonic() - start_s < GRACE_S
+    assert hint in output
+    assert "Traceback" not in output
+    assert not driver.processes()
+    before = read_trials(storage)
+    assert {trial.state for trial in before} == {"running"}
+    assert sum(len(trial.epochs) for trial in before) > 2
+
+    # Ctrl-C twice: the second one does not wait for anything, and the hint is there all the same.
+    driver = Driver(storage, scratch, "resume", "signalled")
+    driver.wait_for_epochs(sum(len(trial.epochs) for trial in before))
+    os.kill(driver.process.pid, signal.SIGINT)
+    time.sleep(0.1)
+    os.kill(driver.process.pid, signal.SIGINT)
+    output = driver.communicate()
+    assert driver.process.returncode == 130, output
+    assert hint in output
+    assert not driver.processes()
+
+    after = read_trials(storage)
+    for was, now in zip(before, after, strict=True):
+        assert now.epochs[: len(was.epochs)] == was.epochs
+    # Ray's own folder is gone; SQLite's log is folded in.
+    assert not list(scratch.iterdir())
+    assert not list(storage.rglob("study.db-*"))
+
+
+def test_the_first_signal_is_noted_and_the_second_unwinds() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption() as interruption:
+        assert interruption.number == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.number == signal.SIGTERM
+        with pytest.raises(Interrupted) as raised:
+            signal.raise_signal(signal.SIGINT)
+    # By the code of the one that came first.
+    assert raised.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_unwinds_as_ctrl_c_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        unwind_on_sigterm()
+        with pytest.raises(KeyboardInterrupt) as raised:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert isinstance(raised.value, Interrupted)
+    assert raised.value.exit_code == 143
