@@ -83,6 +83,7 @@ class TrialEnded:
         value: The metric's last value.
         best: Its best value.
         cutoff: What ASHA asked for; none if it was not ASHA.
+        fault: Why its worker went away; none if it did not, or the sweep ended with it.
     """
 
     event: Literal["finished", "stopped", "failed"]
@@ -94,6 +95,7 @@ class TrialEnded:
     value: float | None
     best: float | None
     cutoff: float | None
+    fault: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -96,7 +96,8 @@ def ending(event: TrialEnded) -> Text:
         case "time_budget":
             return Text(f"out of time after epoch {event.epochs}", style="yellow")
         case "worker":
-            return Text("its worker went away; it is unfinished", style="yellow")
+            told = "ended with the sweep" if event.fault is None else printable(event.fault)
+            return Text(f"unfinished: {told}", style="yellow")
         case "diverged":
             return Text("failed: diverged, loss or metric is not finite", style="red")
         case reason:

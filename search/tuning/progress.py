@@ -106,12 +106,13 @@ class Progress(TrialProgressCallback):
         """Tell why a trial failed, or that its worker went away."""
         number = trial.config["number"]
         running = self._standing.running.get(number)
-        has_failed = self._record.state(number) == "failed"
+        recorded = self._record.trial(number)
         self._end(
             trial,
-            self._record.trial(number).reason if has_failed else "worker",
+            recorded.reason if recorded.state == "failed" else "worker",
             value=None if running is None else running.value,
             best=None if running is None else running.best,
+            fault=recorded.faults[-1] if recorded.faults else None,
         )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -132,7 +133,15 @@ class Progress(TrialProgressCallback):
             backbone: self._scheduler.rungs(backbone) for backbone in self._record.sweep.backbones
         }
 
-    def _end(self, trial: Any, reason: str, *, value: float | None, best: float | None) -> None:
+    def _end(
+        self,
+        trial: Any,
+        reason: str,
+        *,
+        value: float | None,
+        best: float | None,
+        fault: str | None = None,
+    ) -> None:
         number, name = trial.config["number"], trial.config["name"]
         running = self._standing.running.get(number)
         event = TrialEnded(
@@ -145,6 +154,7 @@ class Progress(TrialProgressCallback):
             value=value,
             best=best,
             cutoff=self._cutoff(trial) if reason == "asha" else None,
+            fault=fault,
         )
         if event.event == "failed":
             self._standing.reconsider(name, self._record.trials)
