@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lightning_modules.errors import InputError
+from lightning_modules.strict_yaml import load_yaml
 
 
 def launch(options: argparse.Namespace) -> None:
@@ -335,6 +335,6 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise InputError(f"--set must be KEY=VALUE, such as search.num_trials=16; got {text!r}")
     try:
-        return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return key, load_yaml(value)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--set {key} must be a YAML value; got {value!r}") from error

@@ -25,11 +25,11 @@ from lightning_modules.network_files import (
     safetensors_logits,
     write_network,
 )
-from lightning_modules.weights import WeightOrigin
 from search.bundles.config import Chosen, describe_trial
 from search.card.model_card import write_card
 from search.data import check_same_data, prepare_data
 from search.results import best_trial
+from search.study.origins import recorded_weights
 from search.study.record import Record
 from search.study.recorded import Trial
 from search.tuning.checkpoint import AtomicCheckpointIO
@@ -170,7 +170,7 @@ def load_trial(record: Record, trial: Trial, manifest: Manifest) -> ImageClassif
             f"a checkpoint must be the one that was recorded; {sweep.folder / checkpoint.path} is "
             "torn or changed: export another trial with `--trial`"
         )
-    weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
+    weights = recorded_weights(record)
     module = build_module(
         trial.params,
         sweep=sweep,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
+
 from search.sweep import TrialParams
 
 State = Literal["running", "complete", "pruned", "failed"]
@@ -20,7 +22,7 @@ class CheckpointFile:
 
     path: str
     digest: str
-    epoch: int
+    epoch: NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +41,9 @@ class Epoch:
         ran_on: Host, device, and precision.
     """
 
-    epoch: int
-    metrics: dict[str, float | None]
-    confusion: list[list[int]]
+    epoch: PositiveInt
+    metrics: dict[str, FiniteFloat | None]
+    confusion: list[list[NonNegativeInt]]
     last: CheckpointFile | None
     best: CheckpointFile | None
     stopped: str
