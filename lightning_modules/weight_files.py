@@ -95,7 +95,7 @@ def read_sidecars(path: Path) -> dict[str, str]:
         try:
             document = load_yaml(_read_sidecar(yaml_file))
         except InputError as error:
-            raise InputError(f"{yaml_file}: {error}") from error
+            raise InputError(f"{yaml_file} must be YAML; {error}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{yaml_file} must be YAML; {first_line(error)}") from error
         if not isinstance(document, dict):

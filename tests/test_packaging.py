@@ -124,8 +124,8 @@ def test_nothing_is_unpickled() -> None:
     for path in SHIPPED:
         assert not imports_of(path) & picklers, path
         for name, call in calls_of(path):
-            # pandas' read_pickle, numpy's allow_pickle.
-            assert "pickle" not in name, f"{path}:{call.lineno}"
+            # pandas' read_pickle, numpy's allow_pickle. pickletools looks at one, and runs nothing.
+            assert "pickle" not in name.replace("pickletools.genops", ""), f"{path}:{call.lineno}"
             assert keywords_of(call).get("allow_pickle", "False") == "False", path
 
 

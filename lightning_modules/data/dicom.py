@@ -21,6 +21,7 @@ from lightning_modules.data.decode import MAX_PIXELS, MAX_SIDE_PX
 from lightning_modules.errors import InputError
 
 MAX_FRAMES = 4096
+MAX_TOTAL_PIXELS = 2**31  # compressed, a file of a few bytes may say that it has any number
 
 _PIXEL_ELEMENTS = (
     "SamplesPerPixel",
@@ -118,6 +119,8 @@ class DicomFrames:
                 f"is {width_px} x {height_px} px, more than {MAX_PIXELS} pixels or {MAX_SIDE_PX} "
                 "a side"
             )
+        if (total := self._num_frames * height_px * width_px) > MAX_TOTAL_PIXELS:
+            raise InputError(f"has {total} pixels in all, more than {MAX_TOTAL_PIXELS}")
         kind = dataset.PhotometricInterpretation
         is_colour = kind in _COLOURS and dataset.SamplesPerPixel == 3 and dataset.BitsAllocated == 8
         is_grey = kind in ("MONOCHROME1", "MONOCHROME2") and dataset.SamplesPerPixel == 1

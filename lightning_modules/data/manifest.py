@@ -1,8 +1,8 @@
 """Which images there are: path, class, group (patient), source, and split of each.
 
 A manifest is untrusted input and often holds patients' names in its groups. Every check ends in
-an `InputError` of one line. A group appears there only as the first ten digits of its sha256, and an
-image as its file name and row: its folder may be named after a patient, too.
+an `InputError` of one line. A group appears there only as the first ten digits of its sha256, and
+an image as its file name and row: its folder may be named after a patient, too.
 """
 
 import csv
@@ -262,8 +262,10 @@ def _check_cells(file: Path, frame: pd.DataFrame) -> None:
             raise _broken(file, rule, f"{label!r:.120}", "rename the class")
     for source in sorted(set(frame["source"])):
         # It is shown in tables.
-        if len(source) > MAX_LABEL_CHARACTERS or not source.isprintable():
-            rule = f"a source has at most {MAX_LABEL_CHARACTERS} printable characters"
+        if len(source) > MAX_LABEL_CHARACTERS or _NOT_IN_A_PATH.search(source):
+            rule = (
+                f"a source has at most {MAX_LABEL_CHARACTERS} characters, none a control character"
+            )
             raise _broken(file, rule, f"{source!r:.120}", "rename it")
     if len(labels) < 2:
         got = f"{len(labels)}: {labels[0]!r}" if labels else "no rows"
@@ -274,12 +276,9 @@ def _check_cells(file: Path, frame: pd.DataFrame) -> None:
 def _named(file: Path, paths: Sequence[str], rows: Sequence[int]) -> str:
     """Return the file names of some rows, counted from 0, without their folders."""
     # Of class folders there are no rows that one could look up.
+    where = "" if file.is_dir() else " in row {}"
     return some_of(
-        [
-            f"{posixpath.basename(paths[row])!r:.200}"
-            + ("" if file.is_dir() else f" in row {row + 1}")
-            for row in rows
-        ]
+        [f"{posixpath.basename(paths[row])!r:.200}{where.format(row + 1)}" for row in rows]
     )
 
 

@@ -351,7 +351,7 @@ def _bad_images(bad: Mapping[str, str], paths: Sequence[str]) -> InputError:
         if path in bad
     ]
     return InputError(
-        f"every image is a readable PNG, JPEG or TIFF file; got {len(bad)} of {len(paths)} that are "
-        f"not: {some_of(lines, limit=1000)}; repair or remove them, or leave them out with "
+        f"every image is a readable PNG, JPEG or TIFF file; got {len(bad)} of {len(paths)} that "
+        f"are not: {some_of(lines, limit=1000)}; repair or remove them, or leave them out with "
         "--skip-bad-images"
     )
