@@ -133,8 +133,9 @@ if you trust where it came from."""
 
 def _limits(config: Facts) -> str:
     size_px = config["input"]["image_size_px"]
-    members = config.get("members") or ()
-    runs = f"made of {len(members)} training runs" if members else "one training run"
+    members = config.get("members")
+    is_mixed = isinstance(members, list) and members
+    runs = f"made of {len(members)} training runs" if is_mixed else "one training run"
     return f"""## Limits
 
 - It sees one grey slice of {size_px} x {size_px} px: no volume, other sequence, or clinical data.

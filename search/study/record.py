@@ -275,6 +275,7 @@ class Record:
         with reading(self.sweep):
             known = self._tables.read_trials(self._distributions)
             _check_numbers(known)
+            _check_known(known)
             return known
 
     @functools.cached_property
@@ -288,6 +289,19 @@ class Record:
 def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Return metrics as JSON can hold them: what is not finite becomes none."""
     return {name: float(v) if math.isfinite(v) else None for name, v in metrics.items()}
+
+
+def _check_known(known: Sequence[FrozenTrial]) -> None:
+    """Refuse what samplers would fail on; SQLite keeps text in a column of numbers."""
+    for trial in known:
+        for name, value in trial.params.items():
+            trial.distributions[name].to_internal_repr(value)
+        found = trial.intermediate_values
+        is_plain = all(type(step) is int for step in found) and all(
+            isinstance(value, int | float) and math.isfinite(value) for value in found.values()
+        )
+        if not is_plain or not isinstance(trial.system_attrs.get("fixed_params", {}), dict):
+            raise ValueError(f"trial {trial.number} has values that are no numbers")
 
 
 def _check_numbers(trials: Sequence[Trial] | Sequence[FrozenTrial]) -> None:
