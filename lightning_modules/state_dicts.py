@@ -88,7 +88,7 @@ def read_state_dict(path: Path) -> State:
             check_header(path)
             content = safetensors.torch.load_file(path)
         else:
-            _refuse_bombs(path)
+            refuse_bombs(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError as error:
         raise InputError(f"weights {path} {error}; save `model.state_dict()`") from error
@@ -110,6 +110,36 @@ def read_state_dict(path: Path) -> State:
             "`model.state_dict()`"
         )
     return dict(content)
+
+
+def refuse_bombs(path: Path) -> None:
+    """Refuse a file of torch that would take more memory than it has bytes.
+
+    Raises:
+        InputError: If it is compressed, is no such file, or calls what allocates as much as it is
+            told to; the message does not name it.
+        OSError: If it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            # torch stores its tensors as they are, and would inflate what is not.
+            sizes = sum(entry.file_size for entry in entries)
+            if (
+                any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+                or sizes > path.stat().st_size
+            ):
+                raise InputError("must not be compressed")
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    with archive.open(entry) as file:
+                        _check_calls(file)
+            return
+    except zipfile.BadZipFile:
+        pass
+    with path.open("rb") as file:
+        for _ in range(_NUM_OLD_PICKLES):
+            _check_calls(file)
 
 
 def match_state_dict(
@@ -283,35 +313,6 @@ def _resize_positions(positions: Tensor, width: int, image_size_px: int) -> Tens
     state = OrderedDict({POSITIONS: positions.float()})
     resized: Tensor = interpolate_embeddings(image_size_px, PATCH_PX, state)[POSITIONS]
     return resized
-
-
-def _refuse_bombs(path: Path) -> None:
-    """Refuse a file of torch that would take more memory than it has bytes.
-
-    Raises:
-        InputError: If it is compressed, or calls what allocates as much as it is told to.
-        ValueError: If it is no such file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            # torch stores its tensors as they are, and would inflate what is not.
-            sizes = sum(entry.file_size for entry in entries)
-            if (
-                any(e.compress_type != zipfile.ZIP_STORED for e in entries)
-                or sizes > path.stat().st_size
-            ):
-                raise InputError("must not be compressed")
-            for entry in entries:
-                if entry.filename.endswith(".pkl"):
-                    with archive.open(entry) as file:
-                        _check_calls(file)
-            return
-    except zipfile.BadZipFile:
-        pass
-    with path.open("rb") as file:
-        for _ in range(_NUM_OLD_PICKLES):
-            _check_calls(file)
 
 
 def _check_calls(pickled: IO[bytes]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -16,6 +17,8 @@ from rich.progress import Progress as Bar
 
 from lightning_modules.errors import InputError
 from lightning_modules.strict_yaml import load_yaml
+
+TENSORBOARD_PORT = 6006
 
 
 def launch(options: argparse.Namespace) -> None:
@@ -132,6 +135,9 @@ def _finish(console: Console, record: Any, bundle: Path | None) -> None:
     console.print("next", style="bold")
     console.print(f"  neurosweep top {sweep.reference}", soft_wrap=True)
     console.print(f"  {_tensorboard(sweep)}", soft_wrap=True)
+    if "SSH_CONNECTION" in os.environ:
+        port, host = TENSORBOARD_PORT, platform.node()
+        console.print(f"  from your own machine: ssh -L {port}:127.0.0.1:{port} {host}")
     if bundle is None:
         console.print(f"  neurosweep export {sweep.reference} {sweep.name}-bundle", soft_wrap=True)
     else:
@@ -280,6 +286,9 @@ def explain(options: argparse.Namespace) -> None:
     console = _console()
     own = options.bundle / "explanation"
     out = options.out or own
+    for path in (own, own / RESULT_FILE):
+        if path.is_symlink():
+            raise InputError(f"a bundle's files are its own; {path} is a link: remove it")
     if out == own and (own / RESULT_FILE).is_file():
         shutil.rmtree(own)  # made by this command, and made anew
     with Bar(console=console, transient=True) as bar:
@@ -317,7 +326,9 @@ def _console() -> Console:
 
 
 def _tensorboard(sweep: Any) -> str:
-    return f"tensorboard --logdir {shlex.quote(str(sweep.folder / 'tensorboard'))}"
+    folder = shlex.quote(str(sweep.folder / "tensorboard"))
+    # Without a password: for this machine alone, whatever TensorBoard's default is.
+    return f"tensorboard --host 127.0.0.1 --logdir {folder}"
 
 
 def _check_export(out: Path | None) -> None:

@@ -1,10 +1,10 @@
 """Reads changed files of every kind: does each end well, or in one line, in time, and in memory?
 
-    uv run python experiments/benchmarks/fuzz.py --inputs 118000 --out RESULT.json
+    uv run python experiments/benchmarks/fuzz.py --inputs 110500 --out RESULT.json
     uv run python experiments/benchmarks/fuzz.py --target record --only 17   # one input again
 
 An input is a function of (target, seed, number). One that raises anything but what a command says
-in one line, takes longer than ``LIMIT_S``, or ends the process, is a finding.
+in one line, takes more CPU than ``LIMIT_S``, or ends the process, is a finding.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from lightning_modules.errors import InputError, printable
 
 TARGETS = fuzz_records.TARGETS | fuzz_images.TARGETS | fuzz_bundles.TARGETS
 
-LIMIT_S = 20
+LIMIT_S = 20  # of CPU time: the machine may have other work
+STUCK_S = 600
 MAX_GROWTH_BYTES = 2**31
 TOTAL = sum(target.inputs for target in TARGETS.values())
 
@@ -72,7 +73,7 @@ def outcome(name: str, data: bytes, folder: Path) -> str:
 def fuzz(name: str, numbers: Any, seed: int, progress: Any) -> dict[str, Any]:
     """Read many inputs in this process."""
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _raise)
+    signal.signal(signal.SIGPROF, _raise)
     outcomes: collections.Counter[str] = collections.Counter()
     first: dict[str, int] = {}
     slowest = (0.0, -1)
@@ -87,11 +88,11 @@ def fuzz(name: str, numbers: Any, seed: int, progress: Any) -> dict[str, Any]:
         for number in numbers:
             data = changed(name, files, seed, number)
             progress[:8] = struct.pack("<q", number)
-            start_s = time.perf_counter()
-            signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+            start_s = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
             found = outcome(name, data, folder)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            slowest = max(slowest, (time.perf_counter() - start_s, number))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            slowest = max(slowest, (time.process_time() - start_s, number))
             outcomes[found] += 1
             first.setdefault(found, number)
         growth = _peak_bytes() - before
@@ -145,7 +146,7 @@ def _watch(
         (number,) = struct.unpack("<q", progress[:8])
         if number != last:
             last, since_s = number, time.monotonic()
-        if time.monotonic() - since_s > 3 * LIMIT_S:
+        if time.monotonic() - since_s > STUCK_S:
             process.kill()  # inside a library that no signal gets out of
             break
     try:

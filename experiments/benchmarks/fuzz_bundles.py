@@ -212,19 +212,19 @@ def _read_checkpoint(data: bytes, folder: Path) -> None:
 
 TARGETS = {
     "config": Target(
-        inputs=12_000, prepare=_configs, change=either(by_bytes, by_values), read=_read_config
+        inputs=6_000, prepare=_configs, change=either(by_bytes, by_values), read=_read_config
     ),
     "results": Target(
-        inputs=6_000, prepare=_results, change=either(by_bytes, by_values), read=_read_results
+        inputs=3_000, prepare=_results, change=either(by_bytes, by_values), read=_read_results
     ),
-    "onnx": Target(inputs=6_000, prepare=lambda folder: [_MODEL], change=by_bytes, read=_read_onnx),
+    "onnx": Target(inputs=5_000, prepare=lambda folder: [_MODEL], change=by_bytes, read=_read_onnx),
     "safetensors": Target(
-        inputs=6_000,
+        inputs=5_000,
         prepare=lambda folder: [_TENSORS],
         change=either(by_bytes, by_header),
         read=_read_tensors,
     ),
     "checkpoint": Target(
-        inputs=6_000, prepare=_checkpoints, change=by_bytes, read=_read_checkpoint
+        inputs=8_000, prepare=_checkpoints, change=by_bytes, read=_read_checkpoint
     ),
 }

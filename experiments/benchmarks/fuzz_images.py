@@ -139,7 +139,7 @@ def _read_image(data: bytes, folder: Path) -> None:
 
 
 TARGETS = {
-    "image": Target(inputs=30_000, prepare=_pictures, change=by_bytes, read=_read_image),
-    "dicom": Target(inputs=12_000, prepare=_dicoms, change=by_bytes, read=_read_slices),
-    "nifti": Target(inputs=12_000, prepare=_niftis, change=by_bytes, read=_read_slices),
+    "image": Target(inputs=40_000, prepare=_pictures, change=by_bytes, read=_read_image),
+    "dicom": Target(inputs=15_000, prepare=_dicoms, change=by_bytes, read=_read_slices),
+    "nifti": Target(inputs=15_000, prepare=_niftis, change=by_bytes, read=_read_slices),
 }

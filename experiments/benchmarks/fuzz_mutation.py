@@ -137,7 +137,7 @@ class Target:
     """One kind of file.
 
     Attributes:
-        inputs: How many of 118,000 are its.
+        inputs: How many of 110,500 are its.
         prepare: Returns valid files, and leaves in a folder what reading them needs.
         change: Returns a changed file of a valid one and another.
         read: Reads one in that folder, as a command would.

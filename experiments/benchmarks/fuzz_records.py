@@ -220,13 +220,13 @@ def _read_record(data: bytes, folder: Path) -> None:
 
 TARGETS = {
     "yaml": Target(
-        inputs=12_000, prepare=_sweeps, change=either(by_bytes, _change_yaml), read=_read_sweep
+        inputs=6_000, prepare=_sweeps, change=either(by_bytes, _change_yaml), read=_read_sweep
     ),
     "manifest": Target(
-        inputs=12_000, prepare=_images, change=either(by_bytes, _change_csv), read=_read_manifest
+        inputs=6_000, prepare=_images, change=either(by_bytes, _change_csv), read=_read_manifest
     ),
     "record": Target(
-        inputs=4_000,
+        inputs=1_500,
         prepare=_records,
         change=either(by_bytes, _change_rows, _change_rows),
         read=_read_record,

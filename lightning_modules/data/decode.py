@@ -106,15 +106,15 @@ def decode_file(path: Path, image_size_px: int) -> tuple[Pixels, bytes]:
         return decode_image(data, image_size_px), hashlib.sha256(data).digest()
 
 
-def check_scans(data: bytes) -> None:
-    """Refuse a JPEG that would take hours to decode.
+def check_scans(data: bytes, *, num_images: int = 1) -> None:
+    """Refuse JPEG images that would take hours to decode.
 
     Raises:
-        InputError: If it has more scans than images have.
+        InputError: If they have more scans than images have.
     """
     scans = data.count(b"\xff\xda")
-    if scans > MAX_SCANS:
-        raise InputError(f"has {scans} JPEG scans, more than {MAX_SCANS}")
+    if scans > MAX_SCANS * num_images:
+        raise InputError(f"has {scans} JPEG scans, more than {MAX_SCANS} an image")
 
 
 def one_line(error: BaseException) -> str:

@@ -15,9 +15,14 @@ import pydicom
 from PIL import Image
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import iter_pixels
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+)
 
-from lightning_modules.data.decode import MAX_PIXELS, MAX_SIDE_PX
+from lightning_modules.data.decode import MAX_PIXELS, MAX_SIDE_PX, check_scans
 from lightning_modules.errors import InputError
 
 MAX_FRAMES = 4096
@@ -45,6 +50,8 @@ _PIXEL_ELEMENTS = (
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
+_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit)
+
 _PREAMBLE_BYTES = 128
 _PREFIX = b"DICM"
 
@@ -69,6 +76,8 @@ class DicomFrames:
             try:
                 self._dataset = _read(data)
                 self._check()
+                if self._dataset.file_meta.TransferSyntaxUID in _JPEG:
+                    check_scans(data, num_images=self._num_frames)
             except InputError:
                 raise
             except Exception:  # of many kinds; their words are the header's
