@@ -8,9 +8,10 @@ open that file yourself, and only if you trust where it came from.
 import hashlib
 import io
 import json
-import math
 import os
+import re
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import safetensors
 
 from lightning_modules.calibration import softmax
 from lightning_modules.errors import InputError
+from lightning_modules.files import check_header
 from lightning_modules.onnx_session import open_session, run_session
 
 FORMAT = 2
@@ -35,6 +37,10 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_MODEL_BYTES = (1 << 31) - 1  # what protobuf, and so ONNX, can hold
 MAX_IMAGE_SIZE_PX = 1024
 MAX_CLASS_CHARACTERS = 100
+MAX_CONFIG_DEPTH = 32
+
+# What would steer a terminal, or cannot be written as UTF-8.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # Pixels a run: bounds the memory, whatever is asked for.
 _BATCH_PIXELS = 16 * 224**2
@@ -127,9 +133,10 @@ def load_bundle(folder: Path) -> Bundle:
     models = {name: _read_model(folder / name, config["digests"].get(name)) for name in MODEL_FILES}
     path = folder / "model.safetensors"
     try:
+        check_header(path)
         with safetensors.safe_open(path, framework="np"):
             pass  # it has checked every name, shape, and offset of the header
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, InputError, OSError) as error:
         raise InputError(f"{path} must be a safetensors file; {error!s:.200}") from error
     path = folder / "model.onnx"
     try:
@@ -194,8 +201,26 @@ def _check_config(config: dict[str, Any]) -> None:
     if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE_PX:
         raise ValueError(f"image_size_px is not a whole number in [1, {MAX_IMAGE_SIZE_PX}]")
     temperature = config["temperature"]
-    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
-        raise ValueError("temperature is not a number above 0")
+    if type(temperature) not in (int, float) or not 1e-3 <= temperature <= 1e3:
+        raise ValueError("temperature is not a number in [0.001, 1000]")
+    _check_plain(config, depth=0)
+
+
+def _check_plain(found: object, depth: int) -> None:
+    """Refuse what nobody has written there and what reads it would fail on, or show."""
+    if depth > MAX_CONFIG_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_CONFIG_DEPTH} deep")
+    if isinstance(found, dict):
+        for name, value in found.items():
+            _check_plain(name, depth + 1)
+            _check_plain(value, depth + 1)
+    elif isinstance(found, list):
+        for value in found:
+            _check_plain(value, depth + 1)
+    elif isinstance(found, str) and _CONTROL.search(found):
+        raise ValueError(f"it holds text with control characters, {found!r:.80}")
+    elif isinstance(found, int | float) and abs(found) > sys.float_info.max:
+        raise ValueError("it holds a number beyond all others")
 
 
 def _refuse_constant(text: str) -> float:

@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user."""
+"""The one exception for mistakes of the user, and text that is safe to show."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,13 @@ class InputError(ValueError):
     The message is one line: the rule, what was found instead, and the remedy. The command prints
     it to stderr and exits with code 2, without a traceback.
     """
+
+
+def printable(text: str) -> str:
+    r"""Return text as one line without anything that would steer a terminal, or is not UTF-8.
+
+    Example:
+        >>> printable("a\n\x1b[31mb")
+        'a ?[31mb'
+    """
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

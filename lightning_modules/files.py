@@ -2,8 +2,13 @@
 
 import hashlib
 import os
+import struct
 import uuid
 from pathlib import Path
+
+from lightning_modules.errors import InputError
+
+MAX_HEADER_BYTES = 2**24
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -27,3 +32,15 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header would take minutes to look through.
+
+    Raises:
+        InputError: If it is larger than a network's; the message does not name the file.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    if len(head) == 8 and struct.unpack("<Q", head)[0] > MAX_HEADER_BYTES:
+        raise InputError(f"must have a header of at most {MAX_HEADER_BYTES} bytes")

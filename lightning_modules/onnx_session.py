@@ -48,6 +48,7 @@ def open_session(model: bytes) -> onnxruntime.InferenceSession:
             providers=["CPUExecutionProvider"],
             # It would compute while the model is opened, outside the bounded memory.
             disabled_optimizers=["ConstantFolding"],
+            enable_fallback=0,  # it would say on stdout that it tries the same again
         )
     except Exception as error:  # onnxruntime's own exceptions share no base class
         raise InputError(f"is not an ONNX model that can be run; {_reason(error)}") from error

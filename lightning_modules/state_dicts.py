@@ -5,10 +5,13 @@ A file is untrusted input: only tensors are read, and each name in it is checked
 
 import hashlib
 import math
+import pickletools
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import safetensors
 import safetensors.torch
@@ -18,6 +21,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from lightning_modules.backbones import Backbone, build_network
 from lightning_modules.errors import InputError
+from lightning_modules.files import check_header
 from lightning_modules.stages import HEAD_MODULE, IMAGENET_SIZE_PX, PATCH_PX, STAGE_MODULES
 
 State = dict[str, Tensor]
@@ -28,6 +32,17 @@ CONTAINERS = ("state_dict", "model_state_dict", "model")
 MAX_NAME_CHARACTERS = 300
 
 POSITIONS = "encoder.pos_embedding"
+
+# ResNet-152 has 932 tensors, a self-supervised pair of networks twice as many.
+MAX_TENSORS = 20_000
+MAX_NAME_PARTS = 32
+
+# What torch lets a file of tensors call, and needs for none: a zeroed gigabyte in a hundred bytes,
+# and text that doubles with each call.
+_BOMBS = ("bytearray", "encode")
+_TENSORS_ONLY = "must hold tensors only (no pickled objects)"
+
+_NUM_OLD_PICKLES = 5  # at the head of a file from before torch 1.6
 
 # Of images of 4096 px. A file may claim any shape in a few bytes: a value repeated.
 MAX_PATCHES_A_SIDE = 256
@@ -70,19 +85,23 @@ def read_state_dict(path: Path) -> State:
     try:
         content: object
         if path.suffix == ".safetensors":
+            check_header(path)
             content = safetensors.torch.load_file(path)
         else:
+            refuse_bombs(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError as error:
+        raise InputError(f"weights {path} {error}; save `model.state_dict()`") from error
     except (OSError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"weights {path} cannot be read: {first_line(error)}") from error
+        raise InputError(f"weights {path} cannot be read: {first_line(error):.200}") from error
     except Exception as error:  # torch raises pickle.UnpicklingError and bare ones of its own
         # Not torch's words: they advise to load the file all the same.
-        raise InputError(
-            f"weights {path} must hold tensors only (no pickled objects); save `model.state_dict()`"
-        ) from error
+        raise InputError(f"weights {path} {_TENSORS_ONLY}; save `model.state_dict()`") from error
     if isinstance(content, Mapping):
         inside = [content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)]
         content = inside[0] if inside else content
+    if isinstance(content, Mapping) and len(content) > MAX_TENSORS:
+        raise InputError(f"weights {path} must be one network; got {len(content)} tensors")
     if not isinstance(content, Mapping) or not all(
         _is_name(name) and _is_plain(value) for name, value in content.items()
     ):
@@ -91,6 +110,36 @@ def read_state_dict(path: Path) -> State:
             "`model.state_dict()`"
         )
     return dict(content)
+
+
+def refuse_bombs(path: Path) -> None:
+    """Refuse a file of torch that would take more memory than it has bytes.
+
+    Raises:
+        InputError: If it is compressed, is no such file, or calls what allocates as much as it is
+            told to; the message does not name it.
+        OSError: If it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            # torch stores its tensors as they are, and would inflate what is not.
+            sizes = sum(entry.file_size for entry in entries)
+            if (
+                any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+                or sizes > path.stat().st_size
+            ):
+                raise InputError("must not be compressed")
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    with archive.open(entry) as file:
+                        _check_calls(file)
+            return
+    except zipfile.BadZipFile:
+        pass
+    with path.open("rb") as file:
+        for _ in range(_NUM_OLD_PICKLES):
+            _check_calls(file)
 
 
 def match_state_dict(
@@ -129,7 +178,8 @@ def match_state_dict(
     own_names = {name: layout.own_name(name) for name in state}
     given = {own_name: state[name] for name, own_name in own_names.items() if own_name in expected}
     if POSITIONS in given:
-        given[POSITIONS] = _resize_positions(given[POSITIONS], image_size_px)
+        width = expected[POSITIONS].shape[-1]
+        given[POSITIONS] = _resize_positions(given[POSITIONS], width, image_size_px)
     ignored = [name for name in state if own_names[name] not in expected]
     missing = [name for name in expected if name not in given and not name.endswith(COUNTER)]
     tops = {module.split(".")[0] for stage in STAGE_MODULES[backbone] for module in stage}
@@ -236,7 +286,7 @@ def _layout_of(
     matches: Counter[tuple[str, bool]] = Counter()
     for name in names:
         parts = name.split(".")
-        for start in range(len(parts)):
+        for start in range(min(len(parts), MAX_NAME_PARTS)):
             prefix = "".join(f"{part}." for part in parts[:start])
             for is_numbered in (False, True):
                 layout = _Layout(prefix, numbered if is_numbered else {})
@@ -253,15 +303,30 @@ def _layout_of(
     return _Layout(prefix, numbered if is_numbered else {})
 
 
-def _resize_positions(positions: Tensor, image_size_px: int) -> Tensor:
+def _resize_positions(positions: Tensor, width: int, image_size_px: int) -> Tensor:
     """Return position embeddings for images of a size; what cannot be resized stays as it is."""
-    num_patches = positions.shape[1] - 1 if positions.ndim == 3 and len(positions) == 1 else 0
+    fits = positions.ndim == 3 and len(positions) == 1 and positions.shape[2] == width
+    num_patches = positions.shape[1] - 1 if fits else 0
     side = math.isqrt(max(0, num_patches))
     if side**2 != num_patches or not 1 <= side <= MAX_PATCHES_A_SIDE:
         return positions
     state = OrderedDict({POSITIONS: positions.float()})
     resized: Tensor = interpolate_embeddings(image_size_px, PATCH_PX, state)[POSITIONS]
     return resized
+
+
+def _check_calls(pickled: IO[bytes]) -> None:
+    # Looked at, and not run.
+    try:
+        names = [
+            str(argument).rpartition(" ")[2]
+            for opcode, argument, _ in pickletools.genops(pickled)
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL")
+        ]
+    except ValueError as error:
+        raise InputError(_TENSORS_ONLY) from error
+    if not set(names).isdisjoint(_BOMBS):
+        raise InputError(_TENSORS_ONLY)
 
 
 def _is_name(name: object) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-import yaml
 
 from lightning_modules.errors import InputError
 from lightning_modules.files import sha256_of
@@ -96,8 +95,8 @@ def read_sidecars(path: Path) -> dict[str, str]:
         try:
             document = load_yaml(_read_sidecar(yaml_file))
         except InputError as error:
-            raise InputError(f"{yaml_file}: {error}") from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(f"{yaml_file} must be YAML; {error}") from error
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{yaml_file} must be YAML; {first_line(error)}") from error
         if not isinstance(document, dict):
             raise InputError(

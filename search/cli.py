@@ -1,13 +1,14 @@
 """The command line: what the user types, and how a command ends."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.errors import InputError
+from lightning_modules.errors import InputError, printable
 from search import commands
 from search.interruption import Interrupted, unwind_on_sigterm
 
@@ -28,13 +29,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that is not permitted
         if options.debug:
             raise
-        print(f"neurosweep: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"neurosweep: {printable(_said(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         if options.debug:
             raise
         print("neurosweep: interrupted", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, Interrupted) else 130)
+
+
+def _said(error: InputError | OSError) -> str:
+    """Return an error's line; of a file that the system names, the name without its folders."""
+    # Folders may be patients' names.
+    if isinstance(error, OSError) and error.strerror:
+        names = [Path(os.fsdecode(n)).name for n in (error.filename, error.filename2) if n]
+        return ": ".join([*names, error.strerror])
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lightning_modules.errors import InputError
+from lightning_modules.strict_yaml import load_yaml
 from search.watch import PORT, tensorboard_command, tunnel_command
 
 
@@ -401,6 +401,9 @@ def explain(options: argparse.Namespace) -> None:
     console = _console()
     own = options.bundle / "explanation"
     out = options.out or own
+    for path in (own, own / RESULT_FILE):
+        if path.is_symlink():
+            raise InputError(f"a bundle's files are its own; {path} is a link: remove it")
     if out == own and (own / RESULT_FILE).is_file():
         shutil.rmtree(own)  # made by this command, and made anew
     with Bar(console=console, transient=True) as bar:
@@ -475,6 +478,6 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise InputError(f"--set must be KEY=VALUE, such as search.num_trials=16; got {text!r}")
     try:
-        return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return key, load_yaml(value)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--set {key} must be a YAML value; got {value!r}") from error

@@ -14,12 +14,10 @@ import yaml
 
 from lightning_modules.errors import InputError
 from lightning_modules.stages import BACKBONES, check_image_size
-from lightning_modules.strict_yaml import load_yaml
+from lightning_modules.strict_yaml import MAX_YAML_BYTES, load_yaml
 from search.samplers.sampler import SAMPLERS, num_grid_points
 from search.space import Choice, Domain, Float, Int, Space
 from search.sweep import COSTS, METRIC_MODES, PARAM_LIMITS, Sweep, TrialParams, WeightsSpec
-
-MAX_SWEEP_FILE_BYTES = 1 << 20
 
 # Positive, and no further apart than float32 adds up.
 SOURCE_WEIGHT_LIMITS = (1e-3, 1e3)
@@ -59,13 +57,13 @@ def dump_sweep(sweep: Sweep) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"the sweep file must exist; nothing at {path}")
-    if path.stat().st_size > MAX_SWEEP_FILE_BYTES:
-        raise InputError(f"{path}: a sweep file must be below 1 MiB; is it one?")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise InputError(f"{path}: a sweep file must be below 256 KiB; is it one?")
     try:
         document = load_yaml(path.read_text(encoding="utf-8"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: must be YAML; {reason[:300]}") from error
     if not isinstance(document, dict):
@@ -170,7 +168,7 @@ def _mapping(value: Any, hint: Any, dotted: str) -> dict[str, Any]:
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # What YAML 1.1 reads as text though it is a number to everyone else: 1e-4, 5E3.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
 def _number(value: Any, hint: type[int] | type[float], dotted: str) -> int | float:

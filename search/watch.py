@@ -13,7 +13,9 @@ PORT = 6006
 
 def tensorboard_command(sweep: Sweep) -> str:
     """Return the command that shows a sweep."""
-    return f"tensorboard --logdir {shlex.quote(str(sweep.folder / 'tensorboard'))}"
+    folder = shlex.quote(str(sweep.folder / "tensorboard"))
+    # Without a password: for this machine alone, whatever TensorBoard's default is.
+    return f"tensorboard --host 127.0.0.1 --logdir {folder}"
 
 
 def tunnel_command() -> str | None:

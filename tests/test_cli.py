@@ -274,8 +274,8 @@ def test_images_that_cannot_be_read_are_listed_at_once(capsys: pytest.CaptureFix
     Path("images/stroke/8.png").write_bytes(b"")
     Path("images/no_stroke/9.jpg").write_bytes(b"junk")
     line = refused(capsys, "launch", sweep_file())
-    assert "got 2 of 18 that are not: 'no_stroke/9.jpg' (is not a PNG, JPEG or TIFF file)" in line
-    assert "'stroke/8.png' (is not" in line
+    assert "got 2 of 18 that are not: '9.jpg' in row 9 (is not a PNG, JPEG or TIFF file)" in line
+    assert "'8.png' in row 18 (is not" in line
     assert line.endswith("or leave them out with --skip-bad-images")
 
 
@@ -304,7 +304,7 @@ def test_an_image_bomb_is_refused_without_a_warning_beside(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
     )
     line = refused(capsys, "launch", sweep_file())
-    assert "got 1 of 17 that are not: 'stroke/bomb.png' (" in line
+    assert "got 1 of 17 that are not: 'bomb.png' in row 17 (" in line
     assert [str(warning.message) for warning in recwarn] == []
 
 

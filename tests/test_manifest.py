@@ -204,7 +204,7 @@ BAD_CSV = {
     "only a header": (HEAD, "at least two classes; got no rows; add"),
     "more cells than the header": (
         "path,label\n1.png,a,x\n2.png,b,y\n",
-        "as many cells as the header; got more; quote",
+        "as many cells as the header; got more in the first; quote",
     ),
     "uneven rows": ("path,label\n1.png,a\n2.png,b,y\n", "got Error tokenizing data"),
     "empty label": ("path,label\n1.png,a\n2.png,\n", "needs a label; got 1 empty cell(s), the fi"),
@@ -227,6 +227,9 @@ BAD_CSV = {
     "control character in a label": ("path,label\n1.png,a\x07\n2.png,b\n", r"got 'a\x07'"),
     "dots as a label": ("path,label\n1.png,..\n2.png,b\n", "got '..'; rename the class"),
     "long label": (f"path,label\n1.png,{'a' * 101}\n2.png,b\n", "a label has 1 to 100 printable"),
+    "many columns": ("path,label" + ",x" * 999 + "\n1.png,a\n", "at most 1000 columns; got 1001"),
+    "endless header": ("path,label" + "x" * 2**17, "header and first row have 65536 bytes"),
+    "escape in a source": (HEAD + "1.png,a,g,\x1b[1m,\n2.png,b,h,s,\n", r"got '\x1b[1m'; rename"),
     "tab in a path": ("path,label\na\t.png,a\n2.png,b\n", r"control characters; got 'a\t.png'"),
 }
 
@@ -237,9 +240,14 @@ def test_a_broken_csv_is_refused_in_one_line(tmp_path: Path, text: str, fragment
     assert message.startswith(str(tmp_path / "manifest.csv"))
 
 
+def test_a_first_row_without_end_is_refused(tmp_path: Path) -> None:
+    path = write_csv(tmp_path, "path,label\n" + "x" * 2**17, files=False)
+    refused(path, "header and first row have 65536 bytes; got longer ones; shorten")
+
+
 def test_a_newline_in_a_path_does_not_break_the_message(tmp_path: Path) -> None:
     path = write_csv(tmp_path, 'path,label\n"a\nb",a\n2.png,b\n', files=False)
-    refused(path, r"got 'a\nb'; rename the files")
+    refused(path, r"got 'a\nb' in row 1; rename the files")
 
 
 def test_a_label_of_100_characters_is_accepted(tmp_path: Path) -> None:
@@ -303,7 +311,7 @@ def test_a_link_that_leaves_the_root_is_refused(tmp_path: Path, linked: str) -> 
         (root / "x").rmdir()
         (root / "x").symlink_to(tmp_path / "outside")
     file = write_csv(root, "path,label\nx/1.png,a\n2.png,b\n", files=False)
-    refused(file, "links followed; got 'x/1.png'; copy the images into the folder")
+    refused(file, "links followed; got '1.png' in row 1; copy the images into the folder")
 
 
 def test_loops_of_links_folders_and_pipes_are_not_files(tmp_path: Path) -> None:
@@ -312,13 +320,19 @@ def test_loops_of_links_folders_and_pipes_are_not_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     text = "path,label\ngood.png,a\nloop.png,b\nfolder,b\npipe.png,b\ngood.png/x,b\n"
     path = write_csv(tmp_path, text, files=False)
-    refused(path, "got 4 of 5 that are not: 'loop.png', 'folder', 'pipe.png', 'good.png/x'; add")
+    refused(
+        path,
+        "got 4 of 5 that are not: 'loop.png' in row 2, 'folder' in row 3, 'pipe.png' in row 4, "
+        "'x' in row 5; add",
+    )
 
 
 def test_files_that_do_not_exist_are_listed_at_once_up_to_ten(tmp_path: Path) -> None:
     text = "path,label\n" + "".join(f"{i:02d}.png,{'ab'[i % 2]}\n" for i in range(12))
-    message = refused(write_csv(tmp_path, text, files=False), "got 12 of 12 that are not: '00.png'")
-    assert "'09.png' and 2 more; add the files" in message
+    message = refused(
+        write_csv(tmp_path, text, files=False), "got 12 of 12 that are not: '00.png' in row 1, "
+    )
+    assert "'09.png' in row 10 and 2 more; add the files" in message
     assert "10.png" not in message
 
 
@@ -362,13 +376,15 @@ def test_a_single_class_folder_is_refused(tmp_path: Path) -> None:
 def test_a_linked_class_folder_is_refused_rather_than_left_out(tmp_path: Path) -> None:
     touch(tmp_path, "data/a/1.png", "data/b/2.png", "else/3.png")
     (tmp_path / "data/c").symlink_to(tmp_path / "else")
-    refused(tmp_path / "data", "class folders are folders, not links; got 'c'; copy the images")
+    refused(
+        tmp_path / "data", "are folders, not links; got 1 link(s) in class 'c'; copy the images"
+    )
 
 
 def test_a_linked_image_that_leaves_the_class_folders_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "data/a/1.png", "data/b/2.png", "3.png")
     (tmp_path / "data/b/3.png").symlink_to(tmp_path / "3.png")
-    refused(tmp_path / "data", "links followed; got 'b/3.png'; copy the images into the folder")
+    refused(tmp_path / "data", "links followed; got '3.png'; copy the images into the folder")
 
 
 def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
@@ -377,7 +393,7 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         (tmp_path / os.fsdecode(b"b/\xff.png")).touch()
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
-    refused(tmp_path, r"paths are UTF-8 without control characters; got 'b/\udcff.png'")
+    refused(tmp_path, r"paths are UTF-8 without control characters; got '\udcff.png'")
 
 
 @given(data=st.binary(max_size=200))

@@ -74,7 +74,9 @@ def test_output_ends_with_a_table_and_commands(
     launched: subprocess.CompletedProcess[str], folder: Path
 ) -> None:
     logs = str(folder / "sweeps" / "quickstart" / "tensorboard")
-    assert launched.stdout.count(f"tensorboard --logdir {logs}") == 2  # at the start and the end
+    assert (
+        launched.stdout.count(f"tensorboard --host 127.0.0.1 --logdir {logs}") == 2
+    )  # at the start and the end
     assert "neurosweep top quickstart" in launched.stdout
     assert "10 trials" in launched.stdout
     assert launched.stderr == ""

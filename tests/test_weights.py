@@ -199,7 +199,7 @@ def test_origin_and_licence_come_from_files_beside_the_weights(
     [
         ("w.pth.yaml", b"a: [", "must be YAML; "),
         ("w.pth.yaml", b"- MIT", "must be a mapping with origin, licence, or both; got a list"),
-        ("w.pth.yaml", b"!!python/object/apply:os.mkdir [x]", "must be YAML; "),
+        ("w.pth.yaml", b"!!python/object/apply:os.mkdir [x]", "must be YAML; line 1: tags are "),
         ("w.pth.yaml", b"[" * 9999, "must be YAML; "),
         ("w.pth.license", b"\xff\xfe", "must be text in UTF-8; "),
         ("w.pth.license", b" " * 65537, "must be below 64 KiB; is it about these weights?"),

@@ -24,6 +24,9 @@ MAX_PIXELS = 64 * 10**6
 MAX_SIDE_PX = 16_384  # the square around it has four times MAX_PIXELS
 MIN_SIDE_PX = 8
 
+# Of a JPEG: each goes over all of the image, and takes a few bytes. Encoders write about ten.
+MAX_SCANS = 64
+
 DECODER_VERSION = 1  # raise it with any change to a decoded pixel: every pack is then built anew
 
 _LARGE_BYTES = _LARGE_PIXELS = 16 * 2**20
@@ -68,6 +71,8 @@ def decode_image(data: bytes, image_size_px: int) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
             _check_header(image)
+            if image.format == "JPEG":
+                check_scans(data)
             large = image.width * image.height > _LARGE_PIXELS
             with _large if large else contextlib.nullcontext():
                 image.load()
@@ -99,6 +104,17 @@ def decode_file(path: Path, image_size_px: int) -> tuple[Pixels, bytes]:
     with _large if size > _LARGE_BYTES else contextlib.nullcontext():
         data = path.read_bytes()
         return decode_image(data, image_size_px), hashlib.sha256(data).digest()
+
+
+def check_scans(data: bytes, *, num_images: int = 1) -> None:
+    """Refuse JPEG images that would take hours to decode.
+
+    Raises:
+        InputError: If they have more scans than images have.
+    """
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_SCANS * num_images:
+        raise InputError(f"has {scans} JPEG scans, more than {MAX_SCANS} an image")
 
 
 def one_line(error: BaseException) -> str:

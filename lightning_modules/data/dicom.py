@@ -15,12 +15,18 @@ import pydicom
 from PIL import Image
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import iter_pixels
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+)
 
-from lightning_modules.data.decode import MAX_PIXELS, MAX_SIDE_PX
+from lightning_modules.data.decode import MAX_PIXELS, MAX_SIDE_PX, check_scans
 from lightning_modules.errors import InputError
 
 MAX_FRAMES = 4096
+MAX_TOTAL_PIXELS = 2**31  # compressed, a file of a few bytes may say that it has any number
 
 _PIXEL_ELEMENTS = (
     "SamplesPerPixel",
@@ -43,6 +49,8 @@ _PIXEL_ELEMENTS = (
 )
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+
+_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit)
 
 _PREAMBLE_BYTES = 128
 _PREFIX = b"DICM"
@@ -68,6 +76,8 @@ class DicomFrames:
             try:
                 self._dataset = _read(data)
                 self._check()
+                if self._dataset.file_meta.TransferSyntaxUID in _JPEG:
+                    check_scans(data, num_images=self._num_frames)
             except InputError:
                 raise
             except Exception:  # of many kinds; their words are the header's
@@ -118,6 +128,8 @@ class DicomFrames:
                 f"is {width_px} x {height_px} px, more than {MAX_PIXELS} pixels or {MAX_SIDE_PX} "
                 "a side"
             )
+        if (total := self._num_frames * height_px * width_px) > MAX_TOTAL_PIXELS:
+            raise InputError(f"has {total} pixels in all, more than {MAX_TOTAL_PIXELS}")
         kind = dataset.PhotometricInterpretation
         is_colour = kind in _COLOURS and dataset.SamplesPerPixel == 3 and dataset.BitsAllocated == 8
         is_grey = kind in ("MONOCHROME1", "MONOCHROME2") and dataset.SamplesPerPixel == 1

@@ -1,12 +1,14 @@
 """Which images there are: path, class, group (patient), source, and split of each.
 
 A manifest is untrusted input and often holds patients' names in its groups. Every check ends in
-an `InputError` of one line; a group appears there only as the first ten digits of its sha256,
-beside the file names of its images.
+an `InputError` of one line. A group appears there only as the first ten digits of its sha256, and
+an image as its file name and row: its folder may be named after a patient, too.
 """
 
+import csv
 import difflib
 import hashlib
+import io
 import json
 import os
 import posixpath
@@ -30,6 +32,10 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_ROWS = 10_000_000
 MAX_CSV_BYTES = 2**30
 MAX_LABEL_CHARACTERS = 100
+
+# Of a CSV: pandas takes 4 KiB of memory and 0.1 ms for each column that its first rows have.
+MAX_COLUMNS = 1000
+MAX_HEAD_BYTES = 2**16
 
 _EMPTY = ("", "nan", "NaN")  # what pandas writes for a missing cell; "NA" and "None" are names
 _NOT_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, non-UTF-8
@@ -174,7 +180,8 @@ def _class_folders(root: Path) -> pd.DataFrame:
     """Return one row an image below the class folders of `root`, sorted; leave out hidden names."""
 
     def unreadable(error: OSError) -> None:
-        got = f"{error.strerror} for {error.filename!r}"
+        inside = Path(error.filename).relative_to(root).parts[:1]
+        got = f"{error.strerror} in {inside[0]!r}" if inside else error.strerror
         raise _broken(root, "every class folder is readable", got, "change its permissions")
 
     paths: list[str] = []
@@ -183,10 +190,11 @@ def _class_folders(root: Path) -> pd.DataFrame:
         folder = Path(name)
         inside = folder.relative_to(root)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if links := [(inside / f).as_posix() for f in folders if (folder / f).is_symlink()]:
-            rule = "class folders are folders, not links"
+        if links := [inside / f for f in folders if (folder / f).is_symlink()]:
+            rule = "class folders and what they hold are folders, not links"
             remedy = "copy the images there, or list them in a manifest.csv"
-            raise _broken(root, rule, some_of([repr(link) for link in links]), remedy)
+            got = f"{len(links)} link(s) in class {links[0].parts[0]!r}"
+            raise _broken(root, rule, got, remedy)
         images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
         if inside.parts:
             n_images[inside.parts[0]] += len(images)
@@ -223,13 +231,15 @@ def _read_cells(file: Path) -> pd.DataFrame:
     if (size := file.stat().st_size) > MAX_CSV_BYTES:
         limit = f"a manifest has at most {MAX_CSV_BYTES} bytes"
         raise _broken(file, limit, size, "split the data set")
+    _check_head(file, rule)
     try:
         # na_filter=False: pandas would read the class "None" or "NA" as a missing cell.
         frame = pd.read_csv(
             file, dtype=str, na_filter=False, encoding="utf-8-sig", nrows=MAX_ROWS + 1
         )
-    except (ValueError, OverflowError) as error:
-        raise _broken(file, rule, f"{error!s:.200}", "save it again as CSV UTF-8") from error
+    except (ValueError, OverflowError, MemoryError) as error:
+        got = f"{error!s:.200}" or type(error).__name__
+        raise _broken(file, rule, got, "save it again as CSV UTF-8") from error
     if len(frame) > MAX_ROWS:
         rule = f"a manifest has at most {MAX_ROWS} rows"
         raise _broken(file, rule, "more", "split the data set")
@@ -246,6 +256,27 @@ def _read_cells(file: Path) -> pd.DataFrame:
     return frame
 
 
+def _check_head(file: Path, rule: str) -> None:
+    """Check how many cells the first two rows have, by which pandas goes."""
+    with file.open("rb") as opened:
+        head = opened.read(MAX_HEAD_BYTES)
+    text = head.decode("utf-8-sig", errors="replace")
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if "".join(row).strip()]
+    except csv.Error as error:
+        raise _broken(file, rule, str(error), "save it again as CSV UTF-8") from error
+    # The last of them may go on beyond what was read.
+    if len(rows) < 3 and len(head) == MAX_HEAD_BYTES:
+        got, remedy = "longer ones", "shorten the names of the columns"
+        raise _broken(file, f"header and first row have {MAX_HEAD_BYTES} bytes", got, remedy)
+    if rows and len(rows[0]) > MAX_COLUMNS:
+        got, remedy = str(len(rows[0])), "leave out what is not needed"
+        raise _broken(file, f"a manifest has at most {MAX_COLUMNS} columns", got, remedy)
+    if len(rows) > 1 and len(rows[1]) > len(rows[0]):
+        got, remedy = "more in the first", "quote cells that hold a comma"
+        raise _broken(file, "every row has as many cells as the header", got, remedy)
+
+
 def _check_cells(file: Path, frame: pd.DataFrame) -> None:
     """Check empty cells, labels, and the number of classes; write missing splits as ""."""
     for column in ("path", "label", "group_id"):
@@ -259,30 +290,47 @@ def _check_cells(file: Path, frame: pd.DataFrame) -> None:
         if not fits or label in (".", ".."):
             rule = f"a label has 1 to {MAX_LABEL_CHARACTERS} printable characters and no '/'"
             raise _broken(file, rule, f"{label!r:.120}", "rename the class")
+    for source in sorted(set(frame["source"])):
+        # It is shown in tables.
+        if len(source) > MAX_LABEL_CHARACTERS or _NOT_IN_A_PATH.search(source):
+            rule = (
+                f"a source has at most {MAX_LABEL_CHARACTERS} characters, none a control character"
+            )
+            raise _broken(file, rule, f"{source!r:.120}", "rename it")
     if len(labels) < 2:
         got = f"{len(labels)}: {labels[0]!r}" if labels else "no rows"
         rule = "a classifier needs at least two classes"
         raise _broken(file, rule, got, "add images of another class")
 
 
+def _named(file: Path, paths: Sequence[str], rows: Sequence[int]) -> str:
+    """Return the file names of some rows, counted from 0, without their folders."""
+    # Of class folders there are no rows that one could look up.
+    where = "" if file.is_dir() else " in row {}"
+    return some_of(
+        [f"{posixpath.basename(paths[row])!r:.200}{where.format(row + 1)}" for row in rows]
+    )
+
+
 def _check_characters(file: Path, paths: list[str]) -> None:
-    if bad := [f"{path!r:.200}" for path in paths if _NOT_IN_A_PATH.search(path)]:
+    if bad := [row for row, path in enumerate(paths) if _NOT_IN_A_PATH.search(path)]:
         rule = "paths are UTF-8 without control characters"
-        raise _broken(file, rule, some_of(bad), "rename the files")
+        raise _broken(file, rule, _named(file, paths, bad), "rename the files")
 
 
-def _refuse_outside(file: Path, outside: list[str]) -> None:
+def _refuse_outside(file: Path, paths: Sequence[str], outside: list[int]) -> None:
     if outside:
         rule = "every path is relative and stays inside the manifest's folder, links followed"
         remedy = "copy the images into the folder, or move the manifest up"
-        raise _broken(file, rule, some_of([f"{path!r:.200}" for path in outside]), remedy)
+        raise _broken(file, rule, _named(file, paths, outside), remedy)
 
 
 def _normal_paths(file: Path, paths: list[str]) -> list[str]:
     """Return paths without "." and "..": relative, inside the root as written, each once."""
     _check_characters(file, paths)
     normal = [posixpath.normpath(path) for path in paths]
-    _refuse_outside(file, [p for p in normal if p.startswith(("/", "../")) or p == ".."])
+    outside = [r for r, p in enumerate(normal) if p.startswith(("/", "../")) or p == ".."]
+    _refuse_outside(file, normal, outside)
     first: dict[str, int] = {}
     for row, path in enumerate(normal):
         if (earlier := first.setdefault(path, row)) != row:
@@ -343,9 +391,9 @@ def _check_files(file: Path, root: Path, paths: list[str]) -> None:
     take half a minute.
     """
     contained: dict[str, bool] = {}
-    outside: list[str] = []
-    missing: list[str] = []
-    for path in paths:
+    outside: list[int] = []
+    missing: list[int] = []
+    for row, path in enumerate(paths):
         folder = posixpath.dirname(path)
         try:
             if folder not in contained:
@@ -355,14 +403,13 @@ def _check_files(file: Path, root: Path, paths: list[str]) -> None:
                 target = (root / path).resolve()
                 inside, status = target.is_relative_to(root), target.stat()
             if inside and not stat.S_ISREG(status.st_mode):
-                missing.append(path)
+                missing.append(row)
         except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
-            missing.append(path)
+            missing.append(row)
             continue
         if not inside:
-            outside.append(path)
-    _refuse_outside(file, outside)
+            outside.append(row)
+    _refuse_outside(file, paths, outside)
     if missing:
-        got = f"{len(missing)} of {len(paths)} that are not: "
-        got += some_of([f"{path!r:.200}" for path in missing])
+        got = f"{len(missing)} of {len(paths)} that are not: {_named(file, paths, missing)}"
         raise _broken(file, "every path is a file", got, "add the files or remove their rows")

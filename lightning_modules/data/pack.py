@@ -154,7 +154,7 @@ def build_pack(
         ) from error
     digest, bad = found
     if bad and not skip_bad_images:
-        raise _bad_images(bad, len(paths))
+        raise _bad_images(bad, paths)
     kept = manifest.frame[~manifest.frame["path"].isin(list(bad))].reset_index(drop=True)
     if lost := sorted(set(manifest.classes) - set(kept["label"])):
         raise InputError(
@@ -215,13 +215,13 @@ def _content_key(image_size_px: int, hashes: list[bytes]) -> str:
 def _stat_key(root: Path, paths: list[str], image_size_px: int) -> str:
     """Return a key that changes whenever a file may have changed; open none."""
     states: list[object] = [DECODER_VERSION, image_size_px, str(root.resolve())]
-    for path in paths:
+    for row, path in enumerate(paths, start=1):
         try:
             status = os.stat(f"{root}/{path}")  # noqa: PTH116  (with Path, twice the time)
         except OSError as error:
             raise InputError(
-                f"every image of the manifest exists; got {error.strerror} for {path!r:.200}; add "
-                "it or remove its row"
+                f"every image of the manifest exists; got {error.strerror} for "
+                f"{Path(path).name!r:.200} in row {row}; add it or remove its row"
             ) from error
         states += [path, status.st_size, status.st_mtime_ns]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()
@@ -292,7 +292,7 @@ def _build(
                     file.write(row.pixels.data)
                 progress(done, len(files))
             if bad and not (skip_bad_images and hashes):
-                raise _bad_images(bad, len(files))
+                raise _bad_images(bad, paths)
             file.seek(0)
             _write_header(file, len(hashes), image_size_px)
             file.flush()
@@ -342,10 +342,16 @@ def _now_and_then(progress: Callable[[int, int], None] | None) -> Callable[[int,
     return call
 
 
-def _bad_images(bad: dict[str, str], total: int) -> InputError:
+def _bad_images(bad: Mapping[str, str], paths: Sequence[str]) -> InputError:
     # All of them: who repairs a collection wants the whole list, up to what a terminal can hold.
-    listed = some_of([f"{path!r:.200} ({reason})" for path, reason in bad.items()], limit=1000)
+    # By name and row, since a folder may be named after a patient.
+    lines = [
+        f"{Path(path).name!r:.200} in row {row} ({bad[path]})"
+        for row, path in enumerate(paths, start=1)
+        if path in bad
+    ]
     return InputError(
-        f"every image is a readable PNG, JPEG or TIFF file; got {len(bad)} of {total} that are "
-        f"not: {listed}; repair or remove them, or leave them out with --skip-bad-images"
+        f"every image is a readable PNG, JPEG or TIFF file; got {len(bad)} of {len(paths)} that "
+        f"are not: {some_of(lines, limit=1000)}; repair or remove them, or leave them out with "
+        "--skip-bad-images"
     )

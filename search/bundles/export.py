@@ -25,11 +25,12 @@ from lightning_modules.network_files import (
     safetensors_logits,
     write_network,
 )
-from lightning_modules.weights import WeightOrigin
+from lightning_modules.state_dicts import first_line
 from search.bundles.config import Chosen, describe_trial
 from search.card.model_card import write_card
 from search.data import check_same_data, prepare_data
 from search.results import best_trial
+from search.study.origins import recorded_weights
 from search.study.record import Record
 from search.study.recorded import Trial
 from search.tuning.checkpoint import AtomicCheckpointIO
@@ -167,7 +168,7 @@ def load_trial(record: Record, trial: Trial, manifest: Manifest) -> ImageClassif
             f"a checkpoint must be the one that was recorded; {sweep.folder / checkpoint.path} is "
             "torn or changed: export another trial with `--trial`"
         )
-    weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
+    weights = recorded_weights(record)
     module = build_module(
         trial.params,
         sweep=sweep,
@@ -177,8 +178,17 @@ def load_trial(record: Record, trial: Trial, manifest: Manifest) -> ImageClassif
         view_seed=trial.view_seed,
     )
     loaded = AtomicCheckpointIO().load_checkpoint(sweep.folder / checkpoint.path)
-    module.on_load_checkpoint(loaded)
-    module.load_state_dict(loaded["state_dict"])
+    try:
+        module.on_load_checkpoint(loaded)
+        module.load_state_dict(loaded["state_dict"])
+    except InputError:
+        raise
+    # What torch raises for states of other networks, and Python for what is no state.
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"a checkpoint must be of the trial's network; {sweep.folder / checkpoint.path}: "
+            f"{first_line(error):.200}: export another trial with `--trial`"
+        ) from error
     return module.eval()
 
 

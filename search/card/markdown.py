@@ -1,6 +1,6 @@
 """Text, tables, and images for Markdown, of words that may be anybody's."""
 
-import math
+import sys
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -39,7 +39,8 @@ def mapping(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def number(value: Any) -> str:
     """Return a number to four digits."""
-    is_finite = isinstance(value, int | float) and math.isfinite(value)
+    # JSON may have whole numbers beyond all floats.
+    is_finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return f"{value:.4g}" if is_finite else "not defined"
 
 

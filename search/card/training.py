@@ -167,7 +167,8 @@ Whether test images were among those that they were trained on: {TO_FILL}."""
 
 def _members(config: Facts) -> str:
     """Return which trials an ensemble is of; params above are the best one's."""
-    members = [mapping({"": member}, "") for member in config.get("members") or ()]
+    found = config.get("members")
+    members = [mapping({"": member}, "") for member in (found if isinstance(found, list) else ())]
     if not members:
         return ""
     rows = []

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -22,17 +22,11 @@ from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.samplers.sampler import build_sampler
 from search.space import to_distributions
-from search.study.recorded import CheckpointFile, Epoch, State, Trial
+from search.study.reading import STATES, Facts, read_facts, read_trial, reading
+from search.study.recorded import Epoch, State, Trial
 from search.study.storage import STORAGE_ERRORS, open_storage, unreachable, write_ahead
 from search.study.tables import KnownTrials, StudyTables, known_trial
 from search.sweep import Sweep, TrialParams
-
-STATES: dict[TrialState, State] = {
-    TrialState.RUNNING: "running",
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-}
 
 # What becomes of a trial that an epoch stopped; for every other reason it is pruned.
 ENDINGS: dict[str, State] = {"max_epochs": "complete", "diverged": "failed"}
@@ -108,11 +102,14 @@ class Record:
             ) from error
         except STORAGE_ERRORS as error:
             raise unreachable(sweep, error) from error
+        except (TypeError, ValueError) as error:  # a driver that reads nonsense
+            raise unreachable(sweep, error) from error
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """What holds for the whole sweep."""
-        return self._storage.get_study_user_attrs(self._study_id)
+        with reading(self.sweep):
+            return read_facts(self._storage.get_study_user_attrs(self._study_id))
 
     @contextlib.contextmanager
     def being_written(self) -> Iterator[None]:
@@ -280,12 +277,16 @@ class Record:
 
     def trial(self, number: int) -> Trial:
         """Return one trial, read from the database."""
-        [found] = self._tables.read_user_attributes(number)
-        return _read_trial(*found)
+        with reading(self.sweep):
+            [found] = self._tables.read_user_attributes(number)
+            return read_trial(*found)
 
     def trials(self) -> list[Trial]:
         """Return every trial that was started, by number, read from the database."""
-        return [_read_trial(*found) for found in self._tables.read_user_attributes()]
+        with reading(self.sweep):
+            trials = [read_trial(*found) for found in self._tables.read_user_attributes()]
+            _check_numbers(trials)
+            return trials
 
     def times(self) -> dict[int, tuple[datetime, datetime | None]]:
         """Return by number when each trial began and ended, in UTC; read from the database."""
@@ -293,7 +294,11 @@ class Record:
 
     @functools.cached_property
     def _known(self) -> list[FrozenTrial]:
-        return self._tables.read_trials(self._distributions)
+        with reading(self.sweep):
+            known = self._tables.read_trials(self._distributions)
+            _check_numbers(known)
+            _check_known(known)
+            return known
 
     @functools.cached_property
     def _study(self) -> optuna.Study:
@@ -308,27 +313,24 @@ def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(v) if math.isfinite(v) else None for name, v in metrics.items()}
 
 
+def _check_known(known: Sequence[FrozenTrial]) -> None:
+    """Refuse what samplers would fail on; SQLite keeps text in a column of numbers."""
+    for trial in known:
+        for name, value in trial.params.items():
+            trial.distributions[name].to_internal_repr(value)
+        found = trial.intermediate_values
+        is_plain = all(type(step) is int for step in found) and all(
+            isinstance(value, int | float) and math.isfinite(value) for value in found.values()
+        )
+        if not is_plain or not isinstance(trial.system_attrs.get("fixed_params", {}), dict):
+            raise ValueError(f"trial {trial.number} has values that are no numbers")
+
+
+def _check_numbers(trials: Sequence[Trial] | Sequence[FrozenTrial]) -> None:
+    """Refuse trials that could not be looked up by their number."""
+    if [trial.number for trial in trials] != list(range(len(trials))):
+        raise ValueError("trials are not numbered from 0 without gaps")
+
+
 def _epoch_name(epoch: int) -> str:
     return f"epoch_{epoch:05d}"
-
-
-def _read_trial(number: int, state: TrialState, attributes: Mapping[str, Any]) -> Trial:
-    epochs = []
-    for name in sorted(attributes):
-        if name.startswith("epoch_"):
-            stored = json.loads(attributes[name])
-            for kind in ("last", "best"):
-                if stored[kind] is not None:
-                    stored[kind] = CheckpointFile(**stored[kind])
-            epochs.append(Epoch(**stored))
-    return Trial(
-        number=number,
-        params=TrialParams(**attributes["params"]),
-        seed=attributes["seed"],
-        view_seed=attributes["view_seed"],
-        state=STATES[state],
-        epochs=tuple(epochs),
-        attempt=attributes.get("attempt", 0),
-        reason=attributes.get("reason", ""),
-        faults=tuple(attributes.get("faults", ())),
-    )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
+
 from search.sweep import TrialParams
 
 State = Literal["running", "complete", "pruned", "failed"]
@@ -20,7 +22,7 @@ class CheckpointFile:
 
     path: str
     digest: str
-    epoch: int
+    epoch: NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +42,9 @@ class Epoch:
         micro_batch_size: Most images passed at once, where memory did not allow whole batches.
     """
 
-    epoch: int
-    metrics: dict[str, float | None]
-    confusion: list[list[int]]
+    epoch: PositiveInt
+    metrics: dict[str, FiniteFloat | None]
+    confusion: list[list[NonNegativeInt]]
     last: CheckpointFile | None
     best: CheckpointFile | None
     stopped: str

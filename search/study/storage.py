@@ -1,10 +1,12 @@
 """The database that a sweep's study is in: how it is opened, and how commits to it are made."""
 
 import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
+import sqlalchemy
 import sqlalchemy.exc
 from optuna.storages import RDBStorage
 
@@ -28,13 +30,37 @@ def open_storage(sweep: Sweep) -> RDBStorage:
     Raises:
         InputError: If it cannot be reached.
     """
-    url = sweep.study_url or f"sqlite:///{sweep.folder / 'study.db'}"
+    path = sweep.folder / "study.db"
+    if sweep.study_url is None and path.is_file():
+        _check_schema(path)
+    # Not written out by hand: a folder's name may hold a question mark.
+    url = sweep.study_url or str(sqlalchemy.URL.create("sqlite", database=str(path)))
     try:
         # A dashboard that reads may hold SQLite's lock for a moment: wait for it.
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         return RDBStorage(url, engine_kwargs=options)
     except (ImportError, ValueError, *STORAGE_ERRORS) as error:
         raise unreachable(sweep, error) from error
+
+
+def _check_schema(path: Path) -> None:
+    """Refuse a database of a stranger that computes instead of holding: a query may never end.
+
+    Raises:
+        InputError: If it has views, triggers, or generated columns; Optuna makes none.
+    """
+    query = (
+        "SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger') OR sql LIKE '% VIRTUAL %'"
+        " UNION ALL SELECT m.name FROM sqlite_master m, pragma_table_xinfo(m.name) c"
+        " WHERE m.type = 'table' AND c.hidden != 0"
+    )
+    # What is no database at all is said by who opens it next.
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
+        if found := database.execute(query).fetchone():
+            raise InputError(
+                f"a sweep's record must hold tables alone; {path} has {found[0]!r:.80}, which "
+                "computes: restore it from a copy"
+            )
 
 
 def unreachable(sweep: Sweep, error: BaseException) -> InputError:

@@ -12,6 +12,7 @@ from lightning_fabric.plugins import CheckpointIO
 
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
+from lightning_modules.state_dicts import refuse_bombs
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -46,8 +47,20 @@ class AtomicCheckpointIO(CheckpointIO):
         map_location: Callable[..., Any] | None = None,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint; tensors and plain values only, whatever is asked for."""
-        loaded = torch.load(Path(path), map_location=map_location or "cpu", weights_only=True)
+        """Read a checkpoint; tensors and plain values only, whatever is asked for.
+
+        Raises:
+            InputError: If it is none, or holds anything else.
+        """
+        try:
+            refuse_bombs(Path(path))
+            loaded = torch.load(Path(path), map_location=map_location or "cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # as of files of weights, of many kinds
+            raise InputError(
+                f"checkpoint {path} must hold tensors and plain values; use the trial's own file"
+            ) from error
         if not isinstance(loaded, dict):
             raise InputError(f"checkpoint {path} must hold a mapping; use the trial's own file")
         return loaded

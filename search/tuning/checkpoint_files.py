@@ -8,9 +8,9 @@ from search.study.recorded import CheckpointFile, Epoch
 
 
 def is_whole(folder: Path, checkpoint: CheckpointFile) -> bool:
-    """Tell whether a checkpoint is there and is the one that was recorded."""
+    """Tell whether a checkpoint is there, is no link, and is the one that was recorded."""
     path = folder / checkpoint.path
-    return path.is_file() and sha256_of(path) == checkpoint.digest
+    return path.is_file() and not path.is_symlink() and sha256_of(path) == checkpoint.digest
 
 
 def newest_whole(folder: Path, epochs: tuple[Epoch, ...]) -> Epoch | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from search.results import rank, score
-from search.study.record import STATES, Record
+from search.study.reading import STATES
+from search.study.record import Record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

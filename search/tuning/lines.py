@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from lightning_modules.errors import printable
 from search.tuning.events import EpochDone, Event, TrialEnded
 from search.tuning.standing import Standing
 
@@ -102,11 +103,6 @@ def ending(event: TrialEnded) -> Text:
             return Text("failed: diverged, loss or metric is not finite", style="red")
         case reason:
             return Text(f"failed: {printable(reason)}", style="red")
-
-
-def printable(text: str) -> str:
-    """Return text that cannot steer a terminal, whatever an exception has said."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def shown(value: float | None) -> str:

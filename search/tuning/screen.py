@@ -11,8 +11,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from lightning_modules.errors import printable
 from search.tuning.events import Event
-from search.tuning.lines import ending, printable, shown
+from search.tuning.lines import ending, shown
 from search.tuning.standing import RunningTrial, Standing
 
 REDRAW_S = 0.5

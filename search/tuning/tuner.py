@@ -36,6 +36,7 @@ from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
 from search.interruption import Interruption, unwind_on_sigterm
+from search.study.origins import recorded_weights
 from search.study.record import Record
 from search.sweep import Sweep, TrialParams
 from search.tuning.faults import AlikeFailuresError
@@ -170,7 +171,7 @@ def resume_sweep(
         InputError: If the images or the initial weights are not the ones it was launched with.
     """
     record = Record.open(sweep)
-    weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
+    weights = recorded_weights(record)
     check_same_data(record.facts, manifest, pack)
     for backbone, origin in weights.items():
         _check_same_weights(backbone, origin)
