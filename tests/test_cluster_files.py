@@ -1,0 +1,186 @@
+"""The files of ``cluster/`` are what those who read them accept: Ray, Kubernetes, bash, and we."""
+
+import re
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from search.cli import _parser
+
+ROOT = Path(__file__).resolve().parents[1]
+CLUSTER = ROOT / "cluster"
+RAY_UP = sorted((CLUSTER / "ray_up").glob("*.yaml"))
+KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+@cache
+def kuberay_schema() -> Any:
+    return read(ROOT / "tests" / "kuberay_schema.yaml")
+
+
+def prepared(path: Path) -> Any:
+    """A file for ``ray up`` with Ray's defaults filled in, once it has passed Ray's own check."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(read(path))
+    validate_config(config)
+    return config
+
+
+def test_there_is_a_file_for_each_kind_of_cluster() -> None:
+    assert [path.stem for path in RAY_UP] == ["aws", "gcp", "machines"]
+    assert [path.stem for path in KUBERAY] == ["raycluster", "rayjob"]
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_ray_accepts_the_files_for_ray_up(path: Path) -> None:
+    config = prepared(path)
+    started = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
+    # No node answers without the token, which is copied to it; the dashboard is not for everyone.
+    assert started.count("RAY_AUTH_MODE=token") == 2 or (
+        "--env=RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    )
+    assert "~/.ray/auth_token" in config["file_mounts"].values()
+    assert "--dashboard-host=127.0.0.1" in started
+    # Ray's default set-up would install another Ray.
+    assert not config["setup_commands"]
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_a_clouds_workers_are_spot_and_start_at_none_and_its_head_is_neither(name: str) -> None:
+    config = prepared(CLUSTER / "ray_up" / f"{name}.yaml")
+    types = config["available_node_types"]
+    head, worker = types[config["head_node_type"]], types["gpu_spot"]
+    assert (worker["min_workers"], worker["max_workers"]) == (0, 4)
+    assert "SPOT" in str(worker["node_config"]).upper()
+    assert "SPOT" not in str(head["node_config"]).upper()
+    assert head["resources"]["CPU"] == 0
+    assert "--num-cpus=0" in " ".join(config["head_start_ray_commands"])
+
+
+def test_ray_refuses_a_misspelt_key() -> None:
+    config = prepared(RAY_UP[0])
+    config["max_worker"] = 1
+    from ray.autoscaler._private.util import validate_config
+
+    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
+        validate_config(config)
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.stem)
+def test_the_manifests_fit_kuberays_api(path: Path) -> None:
+    jsonschema.validate(read(path), kuberay_schema())
+
+
+def test_the_schema_is_one_and_refuses_a_misspelt_key() -> None:
+    jsonschema.Draft7Validator.check_schema(kuberay_schema())
+    manifest = read(CLUSTER / "kuberay" / "raycluster.yaml")
+    spec = manifest["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    spec["containers"][0]["volumeMount"] = []
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(manifest, kuberay_schema())
+
+
+def test_job_and_cluster_are_of_one_kind() -> None:
+    cluster = read(CLUSTER / "kuberay" / "raycluster.yaml")["spec"]
+    assert read(CLUSTER / "kuberay" / "rayjob.yaml")["spec"]["rayClusterSpec"] == cluster
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["enableInTreeAutoscaling"] is True
+    # Ray of another version would refuse the job, and the nodes each other.
+    pinned = re.search(r'"ray==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert pinned is not None
+    assert cluster["rayVersion"] == pinned[1]
+    [workers] = cluster["workerGroupSpecs"]
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (0, 8)
+    head = cluster["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    pods = [head["template"]["spec"], workers["template"]["spec"]]
+    assert pods[0]["nodeSelector"] != pods[1]["nodeSelector"]
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        claims = [volume.get("persistentVolumeClaim") for volume in pod["volumes"]]
+        assert {"claimName": "neurosweep-shared"} in claims
+        names = {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == names
+    assert pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    # The driver alone talks to the study.
+    [password] = [v for v in pods[0]["containers"][0]["env"] if v["name"] == "PGPASSWORD"]
+    assert password == {
+        "name": "PGPASSWORD",
+        "valueFrom": {"secretKeyRef": {"name": "neurosweep-postgresql", "key": "password"}},
+    }
+    assert "PGPASSWORD" not in str(pods[1])
+
+
+def commands_in(path: Path) -> list[list[str]]:
+    """Every neurosweep command line in a file, in its comments or its entry point."""
+    text = re.sub(r"\\\n[ #]*", "", path.read_text())
+    entrypoint = read(path).get("spec", {}).get("entrypoint", "")
+    lines = [line for line in text.splitlines() if line.startswith("#")] + [entrypoint]
+    found = re.findall(r"neurosweep ((?:launch|resume) [^;)\"'`]*)", "\n".join(lines))
+    return [shlex.split(line.replace("...", "").splitlines()[0]) for line in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_commands"),
+    [
+        ("ray_up/aws.yaml", 1),
+        ("ray_up/machines.yaml", 1),
+        ("kuberay/raycluster.yaml", 1),
+        ("kuberay/rayjob.yaml", 2),
+    ],
+)
+def test_the_commands_in_the_files_are_ours(name: str, num_commands: int) -> None:
+    commands = commands_in(CLUSTER / name)
+    assert len(commands) == num_commands
+    for command in commands:
+        options = _parser().parse_args(command)
+        assert options.address == "auto"
+
+
+def test_the_batch_script_is_sound_bash() -> None:
+    script = CLUSTER / "slurm.sbatch"
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert checked.stderr == ""
+    for command in (
+        "resume NAME --storage STORAGE --address H:1",
+        "launch S --name NAME --storage STORAGE --address H:1 --data D",
+    ):
+        _parser().parse_args(command.split())
+    assert script.read_text().index("set -euo pipefail") > script.read_text().rindex("#SBATCH")
+
+
+def test_the_container_is_pinned_and_runs_as_nobody_special() -> None:
+    lines = (CLUSTER / "Containerfile").read_text().splitlines()
+    [base] = [line for line in lines if line.startswith("FROM ")]
+    assert re.fullmatch(r"FROM python:3\.\d+\.\d+-slim-\w+", base)
+    [user] = [line for line in lines if line.startswith("USER ")]
+    assert user != "USER root"
+    assert any(re.search(r"\buv==\d+\.\d+\.\d+", line) for line in lines)
+    # All that setuptools needs is copied, after which nothing is root's.
+    copied = {
+        name
+        for line in lines
+        if line.startswith("COPY")
+        for name in line.split()[2:-1]
+        if line.split()[1] == "--chown=neurosweep"
+    }
+    assert copied == {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "search",
+        "lightning_modules",
+        "experiments",
+    }
+    assert all((ROOT / name).exists() for name in copied)
