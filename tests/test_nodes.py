@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -199,10 +200,13 @@ def network() -> Iterator[Network]:
         pytest.skip(f"network namespaces are not permitted here: {made.stderr.strip()}")
     ip("netns", "delete", probe)
     scratch = Path(tempfile.mkdtemp(prefix="ns"))
+    # Whoever ends the tests wants the network gone, too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     network = Network(scratch)
     try:
         yield network
     finally:
+        signal.signal(signal.SIGTERM, before)
         network.remove()
         shutil.rmtree(scratch, ignore_errors=True)
         left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
@@ -418,22 +422,29 @@ def launch(
     )
 
 
-def test_a_sweep_spreads_over_the_nodes_and_its_token_stays_a_secret(
+def test_a_sweep_spreads_over_a_cluster_that_grows_and_its_token_stays_a_secret(
     cluster: Network, storage: Path
 ) -> None:
-    run = launch(cluster, storage)
+    cluster.stop("a")
+    cluster.stop("b")
+    settings = ["--set", "search.max_concurrent_trials=2", "--wait-s", "240"]
+    with ThreadPoolExecutor(1) as pool:
+        launching = pool.submit(launch, cluster, storage, *settings)
+        cluster.start("a")
+        wait_for_table(storage)
+        cluster.start("b")
+        run = launching.result(timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     trials = Record.open(open_sweep("spread", storage / "sweeps")).trials()
     assert [trial.state for trial in trials] == ["complete"] * 6
+    # The one that came after all had been asked has taken part.
     hosts = {epoch.ran_on.split()[0] for trial in trials for epoch in trial.epochs}
     assert hosts == {"node-a", "node-b"}
-    table = run.stdout.split("node  ", 1)[1].splitlines()
-    shown = [line.split() for line in table[1:4]]
-    assert ["10.77.0.1", "node-head", "0", "CPU", "no", "trial", "fits"] in shown
-    for node in ("a", "b"):
-        address = f"10.77.0.{cluster.nodes[node]}"
-        [row] = [line for line in shown if line[:2] == [address, f"node-{node}"]]
-        assert row[4:7] == ["same", "writes", "simulated"]
+    table = [line.split() for line in run.stdout.split("node  ", 1)[1].splitlines()[1:3]]
+    assert ["10.77.0.1", "node-head", "0", "CPU", "no", "trial", "fits"] in table
+    address = f"10.77.0.{cluster.nodes['a']}"
+    [row] = [line for line in table if line[:2] == [address, "node-a"]]
+    assert row[2:7] == ["1", "CPU", "same", "writes", "simulated"]
     assert not list((storage / "sweeps" / "spread").glob(".node-check-*"))
 
     secret = cluster.token.encode()
@@ -444,6 +455,14 @@ def test_a_sweep_spreads_over_the_nodes_and_its_token_stays_a_secret(
     assert [path for path in files if secret in path.read_bytes()] == []
     pids = [pid for name in cluster.nodes for pid in cluster.pids(name)]
     assert [pid for pid in pids if cluster.token in command_line(pid)] == []
+
+
+def wait_for_table(storage: Path) -> None:
+    """Until all nodes there are have been asked: then the sweep can be resumed."""
+    deadline_s = time.monotonic() + 120
+    while not (storage / "sweeps" / "spread" / "sweep.yaml").exists():
+        assert time.monotonic() < deadline_s, "the node that came was not found"
+        time.sleep(0.2)
 
 
 def test_a_stranger_is_told_to_bring_the_token(cluster: Network, storage: Path) -> None:

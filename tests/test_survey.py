@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from lightning_modules.data.phantom import PhantomSettings
 from lightning_modules.errors import InputError
-from search.tuning import survey
-from search.tuning.nodes import table_of
+from search.sweep import DataSettings, ResourceSettings, Sweep
+from search.tuning import nodes, survey
+from search.tuning.nodes import table_of, wait_for_node
 from search.tuning.survey import Finding, Question, check_joined_node, look, source_digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,3 +168,50 @@ def test_the_table_says_what_is_missing_where() -> None:
         "10.0.0.2 gpu-2  16 CPU, 1 GPU  same              writes   read    90 GiB free  H100",
         "10.0.0.3 gpu-3  16 CPU, 1 GPU  NO: torch 2.14.0  -        -       -            -",
     ]
+
+
+@pytest.fixture
+def gpu_sweep() -> Sweep:
+    """A sweep whose trials take two cores and a quarter of a GPU."""
+    return Sweep(
+        name="s",
+        data=DataSettings(phantom=PhantomSettings()),
+        resources=ResourceSettings(cpus_per_trial=2, gpus_per_trial=0.25),
+    )
+
+
+@pytest.mark.parametrize(("num_refusals", "wait_s"), [(2, 60.0), (99, 0.01)])
+def test_a_node_is_asked_for_once_waited_for_and_the_request_taken_back(
+    gpu_sweep: Sweep, monkeypatch: pytest.MonkeyPatch, num_refusals: int, wait_s: float
+) -> None:
+    refusals = [InputError("no node has both")] * num_refusals
+    requests: list[Any] = []
+
+    def whole_resources(sweep: Sweep) -> dict[str, float]:
+        if refusals:
+            raise refusals.pop()
+        return {"cpu": 2.0, "gpu": 0.25}
+
+    monkeypatch.setattr(nodes, "whole_resources", whole_resources)
+    monkeypatch.setattr(nodes, "request_resources", lambda bundles: requests.append(bundles))
+    monkeypatch.setattr(nodes, "POLL_S", 0.01)
+    told: list[str] = []
+    if num_refusals == 2:
+        wait_for_node(gpu_sweep, wait_s, told.append)
+    else:
+        with pytest.raises(InputError, match="no node has both"):
+            wait_for_node(gpu_sweep, wait_s, told.append)
+    # Ray knows whole GPUs only when it chooses what to start.
+    assert requests == [[{"CPU": 2, "GPU": 1}], []]
+    assert len(told) == 1
+
+
+def test_a_cluster_that_does_not_grow_is_refused_at_once(
+    gpu_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def whole_resources(sweep: Sweep) -> dict[str, float]:
+        raise InputError("no node has both")
+
+    monkeypatch.setattr(nodes, "whole_resources", whole_resources)
+    with pytest.raises(InputError):
+        wait_for_node(gpu_sweep, 0.0, lambda line: pytest.fail(line))
