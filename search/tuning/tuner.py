@@ -34,7 +34,7 @@ from lightning_modules.files import write_atomically
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
-from search.interruption import Interruption, unwind_on_sigterm
+from search.interruption import Interruption
 from search.study.record import Record
 from search.sweep import Sweep, TrialParams
 from search.tuning.faults import AlikeFailuresError
@@ -215,7 +215,7 @@ def run_trials(
     sweep = record.sweep
     scheduler = ResumableASHA(sweep, record.trials())
     interruption = Interruption()
-    recorder = StudyRecorder(record, scheduler, interruption=interruption, tell=tell)
+    recorder = StudyRecorder(record, scheduler, tell=tell)
     unfinished = recorder.take_up()
     remaining = len(unfinished) + sweep.search.num_trials - record.num_trials
     if remaining <= 0:
@@ -224,7 +224,7 @@ def run_trials(
     with (
         record.being_written(),
         tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch,
-        interruption,
+        interruption.taken(),
     ):
         # Never read back, but on a cluster every node has to see it.
         ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
@@ -244,7 +244,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name=sweep.name,
                 storage_path=str(ray_folder),
-                stop=EndOfSweep(recorder),
+                stop=EndOfSweep(recorder, interruption),
                 callbacks=[recorder, progress, EndSilentWorkers()],
                 verbose=0,
             ),
@@ -310,8 +310,6 @@ def _ray(address: str | None) -> Iterator[None]:
     }
     if address is None:
         with local_ray(options):
-            # Ray takes it to end with an exit code of its own.
-            unwind_on_sigterm()
             yield
         return
     if address.startswith("ray://"):
@@ -326,11 +324,10 @@ def _ray(address: str | None) -> Iterator[None]:
         raise InputError(
             f"--address must be a Ray cluster that answers; got {address}: {reason}"
         ) from error
-    unwind_on_sigterm()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    yield
+    # Not after a signal: Ray on this node may have got it too, and then ends this process at the
+    # first call. A driver that is gone is noticed, and its workers are ended.
+    ray.shutdown()
 
 
 def _tell_data(manifest: Manifest, pack: Pack, tell: Tell) -> None:
