@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_modules.errors import InputError, printable
 from search import commands
-from search.interruption import Interrupted, unwind_on_sigterm
+from search.interruption import Interrupted, Interruption
 
 DESCRIPTION = "Hyperparameter search for transfer learning on brain MRI."
 
@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     # Pillow would warn of an image beside the one line that refuses it.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    unwind_on_sigterm()
     try:
-        options.run(options)
+        with Interruption().taken():
+            options.run(options)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that is not permitted
         if options.debug:
             raise
@@ -35,7 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.debug:
             raise
         print("neurosweep: interrupted", file=sys.stderr)
-        sys.exit(error.exit_code if isinstance(error, Interrupted) else 130)
+        code = error.exit_code if isinstance(error, Interrupted) else 130
+        if arguments is None:
+            # At once: unloading torch takes seconds, and Ray would look for what was ended.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 def _said(error: InputError | OSError) -> str:

@@ -1,9 +1,10 @@
 """Ctrl-C and SIGTERM: how a command ends by them, with everything that it started."""
 
+import contextlib
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Iterator
+from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
@@ -16,53 +17,51 @@ class Interrupted(KeyboardInterrupt):
         exit_code: As a shell gives it: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
-    def __init__(self, number: int = signal.SIGINT) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__(number)
         self.exit_code = 128 + number
 
 
-def unwind_on_sigterm() -> None:
-    """Have SIGTERM end this process as Ctrl-C does: folders are let go of, and Ray is shut down.
-
-    Does nothing outside the main thread, where signals cannot be handled.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _unwind)
-
-
 class Interruption:
-    """Takes Ctrl-C and SIGTERM while trials run: the first is noted, a second one unwinds at once.
+    """Has Ctrl-C and SIGTERM unwind the main thread, wherever it stands, and remembers them.
 
-    Outside the main thread it takes none.
-
-    Attributes:
-        number: The signal's that came first; 0 if none did.
+    An exception that comes while Python cleans up an object is lost: whoever works in a loop asks
+    ``check`` now and then.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        self._before: dict[int, Any] = {}
+        self._number = 0
 
-    def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._take)
-        return self
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take the signals for a while; outside the main thread, where none can be, do nothing.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        Raises:
+            Interrupted: When one came.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._take) for number in numbers}
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.check()  # Ray makes a plain one of whatever comes while it waits
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Unwind if a signal came.
+
+        Raises:
+            Interrupted: With the signal that came first.
+        """
+        if self._number:
+            raise Interrupted(self._number)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
-            raise Interrupted(self.number)
-        self.number = number
-
-
-def _unwind(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+        self._number = self._number or number
+        self.check()

@@ -7,15 +7,13 @@ import secrets
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
-
-# In the environment of every process of one driver's Ray, so that they can be told from others'.
-MARK = "NEUROSWEEP_RAY"
 
 # A socket's path may have 107 bytes, of which Ray's folders and names, and ours, take up to 82.
 MAX_FOLDER_BYTES = 25
@@ -37,47 +35,69 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
     # the token is this sweep's alone and none is written to the home folder.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    mark = secrets.token_hex(8)
-    os.environ[MARK] = mark
     above = tempfile.gettempdir()
     if len(os.fsencode(above)) > MAX_FOLDER_BYTES:
         above = "/tmp"  # noqa: S108  a new folder in it, for this user alone
-    folder = tempfile.mkdtemp(prefix="nsweep-", dir=above)
+    folder = Path(tempfile.mkdtemp(prefix="nsweep-", dir=above))
+    grace_s = GRACE_S
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # Ray takes SIGTERM, to end with an exit code of its own; Ctrl-C it leaves alone.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address="local",
             _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
+            _temp_dir=str(folder),
             include_dashboard=False,
             **options,
         )
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, on_sigterm)
         yield
+    except KeyboardInterrupt:
+        # Ray itself may have got the signal, too, and then ends this process at the first call.
+        grace_s = 0.0
+        if in_main_thread:
+            # It takes a moment, in which another signal would leave half of it behind.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        raise
     finally:
-        ray.shutdown()
-        end_processes(mark)
-        os.environ.pop(MARK, None)
+        if grace_s:
+            ray.shutdown()
+        end_processes(folder, grace_s=grace_s)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def end_processes(mark: str) -> None:
-    """End what is left of a Ray, such as workers whose raylet was ended before them.
+def end_processes(folder: Path, *, grace_s: float) -> None:
+    """End what is left of a Ray; do nothing where there is no ``/proc``.
 
-    Does nothing where there is no ``/proc``.
+    Args:
+        folder: Ray's.
+        grace_s: What its processes are given to end by themselves.
     """
-    deadline_s = time.monotonic() + GRACE_S
-    while (left := processes_of(mark)) and time.monotonic() < deadline_s:
+    deadline_s = time.monotonic() + grace_s
+    while (left := processes_of(folder)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    # Until there are none: one may start another while it is looked for.
+    while left:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        left = processes_of(folder)
 
 
-def processes_of(mark: str) -> list[int]:
-    """Return the ids of the processes with a mark, this one aside."""
+def processes_of(folder: Path) -> list[int]:
+    """Return the ids of the processes that log to a Ray's folder, as all of its own do.
+
+    Their parents may be gone, and their environments overwritten with their titles.
+    """
+    start = f"{folder}/"
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         # It may have ended meanwhile, or be another user's.
         with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
+            files = (str(file.readlink()) for file in (process / "fd").iterdir())
+            if any(file.startswith(start) for file in files):
+                found.append(int(process.name))
     return [pid for pid in found if pid != os.getpid()]

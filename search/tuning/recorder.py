@@ -11,7 +11,7 @@ import ray
 from ray.tune import Callback, Stopper
 
 from search.cost_levels import CostLevels
-from search.interruption import Interrupted, Interruption
+from search.interruption import Interruption
 from search.study.record import Record, encode_metrics
 from search.study.recorded import CheckpointFile, Epoch, Trial
 from search.study.storage import STORAGE_ERRORS
@@ -29,7 +29,6 @@ class StudyRecorder(Callback):
     Args:
         record: Written to.
         scheduler: Asked why a trial was stopped.
-        interruption: Asked whether the user wants the sweep to end.
         tell: Given a line for the user now and then.
 
     Attributes:
@@ -46,7 +45,6 @@ class StudyRecorder(Callback):
         record: Record,
         scheduler: ResumableASHA,
         *,
-        interruption: Interruption | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
         self._record = record
@@ -59,7 +57,6 @@ class StudyRecorder(Callback):
         self._has_report = False
         self.storage_error = ""
         self.bug: Fault | None = None
-        self._interruption = interruption or Interruption()
         self._tell = tell
         self._trials: list[Any] = []
         self.open: set[int] = set()
@@ -76,7 +73,7 @@ class StudyRecorder(Callback):
 
     def is_ending(self) -> bool:
         """Tell whether trials are to end where they stand, to be resumed later."""
-        return bool(self._interruption.number or self.storage_error or self.bug)
+        return bool(self.storage_error or self.bug)
 
     @contextlib.contextmanager
     def storage_guard(self) -> Iterator[None]:
@@ -107,16 +104,10 @@ class StudyRecorder(Callback):
         """End the workers where they stand; what they reported is recorded.
 
         Ray's own way waits for their epochs to end, and then for ten seconds more.
-
-        Raises:
-            Interrupted: If the user ends the sweep; nothing of Ray's is waited for then, since it
-                may have been ended by the same signal.
         """
         for trial in self._trials:
             if trial.temporary_state.ray_actor is not None:
                 ray.kill(trial.temporary_state.ray_actor)
-        if self._interruption.number:
-            raise Interrupted(self._interruption.number)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -229,17 +220,28 @@ class EndOfSweep(Stopper):
 
     Args:
         recorder: Knows.
+        interruption: Asked for signals that were lost.
     """
 
-    def __init__(self, recorder: StudyRecorder) -> None:
+    def __init__(self, recorder: StudyRecorder, interruption: Interruption | None = None) -> None:
         self._recorder = recorder
+        self._interruption = interruption or Interruption()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Stay out of Ray's snapshot, which is never read back."""
+        return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tell whether a trial that has just reported is to stop."""
         return self._recorder.is_over()
 
     def stop_all(self) -> bool:
-        """Tell whether everything is to stop, and make it quick."""
+        """Tell whether everything is to stop, and make it quick.
+
+        Raises:
+            Interrupted: If the user ends the sweep.
+        """
+        self._interruption.check()
         if self._recorder.is_ending():
             self._recorder.end_workers()
         return self._recorder.is_ending()

@@ -35,7 +35,7 @@ from lightning_modules.network_cost import measure_costs
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
-from search.interruption import Interruption, unwind_on_sigterm
+from search.interruption import Interruption
 from search.study.origins import recorded_weights
 from search.study.record import Record
 from search.sweep import Sweep, TrialParams
@@ -253,7 +253,7 @@ def run_trials(
     sweep = record.sweep
     scheduler = ResumableASHA(sweep, record.trials(), record.costs)
     interruption = Interruption()
-    recorder = StudyRecorder(record, scheduler, interruption=interruption, tell=tell)
+    recorder = StudyRecorder(record, scheduler, tell=tell)
     unfinished = recorder.take_up()
     remaining = len(unfinished) + sweep.search.num_trials - record.num_trials
     if remaining <= 0:
@@ -262,7 +262,7 @@ def run_trials(
     with (
         record.being_written(),
         tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch,
-        interruption,
+        interruption.taken(),
     ):
         # Never read back, but on a cluster every node has to see it.
         ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
@@ -282,7 +282,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name=sweep.name,
                 storage_path=str(ray_folder),
-                stop=EndOfSweep(recorder),
+                stop=EndOfSweep(recorder, interruption),
                 callbacks=[recorder, progress, EndSilentWorkers()],
                 verbose=0,
             ),
@@ -348,8 +348,6 @@ def connected(address: str | None) -> Iterator[None]:
     }
     if address is None:
         with local_ray(options):
-            # Ray takes it to end with an exit code of its own.
-            unwind_on_sigterm()
             yield
         return
     try:
@@ -359,11 +357,10 @@ def connected(address: str | None) -> Iterator[None]:
         raise InputError(
             f"--address must be a Ray cluster that answers; got {address}: {reason}"
         ) from error
-    unwind_on_sigterm()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    yield
+    # Not after a signal: Ray on this node may have got it too, and then ends this process at the
+    # first call. A driver that is gone is noticed, and its workers are ended.
+    ray.shutdown()
 
 
 def _tell_data(manifest: Manifest, pack: Pack, tell: Tell) -> None:
