@@ -143,7 +143,11 @@ def load_bundle(folder: Path) -> Bundle:
         session = open_session(models["model.onnx"])
     except InputError as error:
         raise InputError(f"{path} {error}: export it again") from error
-    names = [node.name for node in session.get_inputs()]
+    try:
+        names = [node.name for node in session.get_inputs()]
+        found = [node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must have names in UTF-8: export it again") from error
     outputs = session.get_outputs()
     if names != ["intensities"] or len(outputs) != 1:
         raise InputError(
@@ -151,7 +155,7 @@ def load_bundle(folder: Path) -> Bundle:
             f"{len(outputs)}: export it again"
         )
     bundle = Bundle(config=config, session=session)
-    shapes = (*session.get_inputs()[0].shape[1:], *outputs[0].shape[1:])
+    shapes = (*found[0], *found[1])
     expected = (1, bundle.image_size_px, bundle.image_size_px, len(bundle.classes))
     if shapes != expected:
         raise InputError(

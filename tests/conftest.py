@@ -1,9 +1,13 @@
 """What several test files use: data without image files, and the machine's limits."""
 
+import hashlib
+import json
 import os
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -108,3 +112,52 @@ def tiny_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sweep.yaml").write_text(TINY_SWEEP)
     main(["launch", str(folder / "sweep.yaml"), "--storage", str(folder / "sweeps")])
     return folder / "sweeps"
+
+
+@pytest.fixture
+def make_bundle() -> Callable[..., Path]:
+    """Writes a bundle for two classes, bright and dark images, into the current folder.
+
+    Takes what ``config.json`` says otherwise.
+    """
+
+    def make(**changes: Any) -> Path:
+        from onnx import TensorProto, helper
+
+        nodes = [
+            helper.make_node("GlobalAveragePool", ["intensities"], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["mean"]),
+            helper.make_node("Gemm", ["mean", "weight", "bias"], ["logits"]),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "bundle",
+            [helper.make_tensor_value_info("intensities", TensorProto.FLOAT, ["batch", 1, 32, 32])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
+            [
+                helper.make_tensor("weight", TensorProto.FLOAT, [1, 2], [4.0, -4.0]),
+                helper.make_tensor("bias", TensorProto.FLOAT, [2], [-2.0, 2.0]),
+            ],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        files = {
+            "model.onnx": model.SerializeToString(),
+            "model.pt2": b"unused",
+            "model.safetensors": struct.pack("<Q", 2) + b"{}",
+        }
+        folder = Path("bundle")
+        folder.mkdir(exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        config = {
+            "format": 2,
+            "temperature": 1.0,
+            "classes": ["stroke", "no_stroke"],
+            "input": {"image_size_px": 32},
+            "digests": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+            **changes,
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make

@@ -312,6 +312,11 @@ def test_a_model_that_is_none_is_refused(tmp_path: Path, data: bytes) -> None:
     assert "model.onnx is not an ONNX model" in loading(write(tmp_path / "b", data))
 
 
+def test_a_model_whose_names_are_no_text_is_refused(tmp_path: Path) -> None:
+    data = onnx_model().SerializeToString().replace(b"intensities", b"intensit\xffes")
+    assert "model.onnx must have names in UTF-8" in loading(write(tmp_path / "b", data))
+
+
 def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path: Path) -> None:
     renamed = onnx_model()
     renamed.graph.input[0].name = renamed.graph.node[0].input[0] = "images"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import lightning_modules
 import search
@@ -191,6 +193,30 @@ def test_every_upper_bound_says_why() -> None:
     lines = [line.strip() for line in block.splitlines()]
     assert len(lines) == len(pyproject()["project"]["dependencies"])
     assert [line for line in lines if "<" in line and "#" not in line] == []
+
+
+# Of packages that others need: the first version without the hole, by its advisory. pip-audit asks
+# a server for these; a test should not.
+FLOORS = {
+    "aiohttp": ("3.14.3", "CVE-2026-69244"),
+    "fonttools": ("4.61", "CVE-2025-66034"),
+    "jinja2": ("3.1.6", "CVE-2025-27516"),
+    "mako": ("1.3.12", "CVE-2026-44307"),
+    "protobuf": ("6.33.5", "CVE-2026-0994"),
+    "requests": ("2.33", "CVE-2026-25645"),
+    "urllib3": ("2.7", "CVE-2026-44432"),
+    "werkzeug": ("3.1.6", "GHSA-29vq-49wr-vm6x"),
+}
+
+
+def test_no_pinned_version_has_a_hole_that_is_known_here() -> None:
+    lines = pyproject()["tool"]["uv"]["constraint-dependencies"]
+    pinned = dict(line.split("==") for line in lines)
+    assert FLOORS.keys() <= pinned.keys()
+    low = {name for name, (floor, _) in FLOORS.items() if Version(pinned[name]) < Version(floor)}
+    assert not low
+    for requirement in map(Requirement, pyproject()["project"]["dependencies"]):
+        assert requirement.specifier.contains(pinned[requirement.name]), requirement
 
 
 def test_no_lock_file_is_tracked() -> None:

@@ -73,10 +73,9 @@ def test_the_baseline_is_trial_0(trials: list[Trial], folder: Path) -> None:
 def test_output_ends_with_a_table_and_commands(
     launched: subprocess.CompletedProcess[str], folder: Path
 ) -> None:
-    logs = str(folder / "sweeps" / "quickstart" / "tensorboard")
-    assert (
-        launched.stdout.count(f"tensorboard --host 127.0.0.1 --logdir {logs}") == 2
-    )  # at the start and the end
+    logs = folder / "sweeps" / "quickstart" / "tensorboard"
+    line = f"tensorboard --host 127.0.0.1 --logdir {logs}"
+    assert launched.stdout.count(line) == 2  # at the start and the end
     assert "neurosweep top quickstart" in launched.stdout
     assert "10 trials" in launched.stdout
     assert launched.stderr == ""

@@ -47,7 +47,12 @@ class TooLong(BaseException):
 def changed(name: str, files: Any, seed: int, number: int) -> bytes:
     """Return one input."""
     rng = random.Random(f"{name}/{seed}/{number}")
-    return TARGETS[name].change(rng.choice(files), rng.choice(files), rng)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)  # what is changed may be nested deeper than it can be read
+    try:
+        return TARGETS[name].change(rng.choice(files), rng.choice(files), rng)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def outcome(name: str, data: bytes, folder: Path) -> str:

@@ -137,9 +137,9 @@ if you trust where it came from."""
 
 def _limits(config: Facts) -> str:
     size_px = config["input"]["image_size_px"]
-    members = config.get("members")
-    num_members = len(members) if isinstance(members, list) else 0
-    runs = f"made of {num_members} training runs" if num_members else "one training run"
+    found = config.get("members")
+    num_runs = len(found) if isinstance(found, list) else 0
+    runs = f"made of {num_runs} training runs" if num_runs else "one training run"
     return f"""## Limits
 
 - It sees one grey slice of {size_px} x {size_px} px: no volume, other sequence, or clinical data.

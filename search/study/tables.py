@@ -234,7 +234,8 @@ class StudyTables:
         query = (
             select(TRIALS.c.number, TRIALS.c.state, USER_ATTRIBUTES.c.key)
             .add_columns(USER_ATTRIBUTES.c.value_json)
-            .join(USER_ATTRIBUTES, USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id)
+            # Also a trial without any: that it is damaged is for the reader to say.
+            .join(USER_ATTRIBUTES, USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id, isouter=True)
             .where(TRIALS.c.study_id == self._study_id)
             .order_by(TRIALS.c.number)
         )
@@ -248,7 +249,8 @@ class StudyTables:
                     yield *current, attributes
                     attributes = {}
                 current = (row.number, row.state)
-                attributes[row.key] = json.loads(row.value_json)
+                if row.key is not None:
+                    attributes[row.key] = json.loads(row.value_json)
         if current is not None:
             yield *current, attributes
 
