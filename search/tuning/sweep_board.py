@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard import SummaryWriter
 
@@ -34,10 +35,9 @@ class SweepBoard:
 
     def __init__(self, standing: Standing) -> None:
         self._standing = standing
-        metric = standing.sweep.metric
-        self._by_trials = f"{GROUP}/1 best {metric} so far by trials ended"
-        self._by_seconds = f"{GROUP}/2 best {metric} so far by seconds"
-        self._own = f"{GROUP}/3 best {metric} of each trial by trials ended"
+        self._by_trials = f"{GROUP}/1 best so far by trials"
+        self._by_seconds = f"{GROUP}/2 best so far by seconds"
+        self._own = f"{GROUP}/3 best of each trial"
         self._writer: SummaryWriter | None = None
         self._best: float | None = None
         self._start_s = 0
@@ -94,7 +94,7 @@ class SweepBoard:
         """Return the description of all params and metrics that HParams makes its columns of."""
         sweep = self._standing.sweep
         fixed = [name for name in TrialParams.__dataclass_fields__ if name not in sweep.space]
-        return hp.hparams_config_pb(
+        summary = hp.hparams_config_pb(
             hparams=[
                 hp.HParam(name, _domain(sweep.space.get(name), getattr(sweep.params, name)))
                 for name in [*sweep.space, *fixed]
@@ -104,6 +104,13 @@ class SweepBoard:
                 for name in sorted(METRIC_MODES, key=lambda name: name != sweep.metric)
             ],
         )
+        # TensorBoard sorts by name, but those that differ come first, and five are shown at first.
+        plugin_data = summary.value[0].metadata.plugin_data
+        told = plugin_data_pb2.HParamsPluginData.FromString(plugin_data.content)
+        for info in told.experiment.hparam_infos:
+            info.differs = info.name in sweep.space
+        plugin_data.content = told.SerializeToString()
+        return summary
 
 
 def _domain(domain: Domain | None, baseline: Any) -> hp.Domain:
