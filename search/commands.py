@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,30 @@ from search.watch import PORT, tensorboard_command, tunnel_command
 
 def launch(options: argparse.Namespace) -> None:
     """Run a new sweep."""
+    _exit(start_sweep(options, dict(_assignment(text) for text in options.set))[1])
+
+
+def start_sweep(options: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Any, int]:
+    """Run a new sweep; return its record, and what the command exits with.
+
+    Args:
+        options: The command's.
+        settings: Override those of the sweep file, by dotted key.
+    """
+    sweep = configured(options, settings)
+    _check_export(options.export)
+
+    from search.folder import new_folder
+
+    with new_folder(sweep):
+        return _run_to_end(sweep, options, is_new=True)
+
+
+def configured(options: argparse.Namespace, settings: Mapping[str, Any]) -> Any:
+    """Return the sweep of a file and of the options that override it."""
     from search.config import load_sweep
 
-    overrides: dict[str, Any] = dict(_assignment(text) for text in options.set)
+    overrides = dict(settings)
     if options.name is not None:
         overrides["name"] = options.name
     if options.data is not None:
@@ -40,13 +61,12 @@ def launch(options: argparse.Namespace) -> None:
         overrides["data.skip_bad_images"] = True
     if options.group_duplicates or options.allow_leakage:
         overrides["data.duplicates"] = "group" if options.group_duplicates else "allow"
-    sweep = load_sweep(options.sweep, overrides)
-    _check_export(options.export)
+    return load_sweep(options.sweep, overrides)
 
-    from search.folder import new_folder
 
-    with new_folder(sweep):
-        _run_to_end(sweep, options, is_new=True)
+def _exit(code: int) -> None:
+    if code:
+        sys.exit(code)
 
 
 def resume(options: argparse.Namespace) -> None:
@@ -69,16 +89,16 @@ def resume(options: argparse.Namespace) -> None:
                 _tell_end(record, elapsed_s=0.0)
             _finish(console, record, options.export)
         else:
-            _run_to_end(sweep, options, is_new=False)
+            _exit(_run_to_end(sweep, options, is_new=False)[1])
 
 
-def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> None:
+def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> tuple[Any, int]:
     from search.data import prepare_data
 
     console = _console(for_people=not options.json)
     start_s = time.monotonic()
     address = _cluster(options, console.print)
-    with Bar(console=console, transient=True) as bar:
+    with _bar(console) as bar:
         manifest, pack = prepare_data(sweep, _told_by(bar))
     console.print(f"sweep   {sweep.name} in {sweep.folder}", soft_wrap=True)
     console.print(f"watch   {tensorboard_command(sweep)}", soft_wrap=True)
@@ -102,8 +122,10 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     print_trials(console, record, num_rows=20)
     if options.json:
         _tell_end(record, elapsed_s=elapsed_s)
-    _print_end(console, record, elapsed_s=elapsed_s)
-    _finish(console, record, options.export)
+    code = _print_end(console, record, elapsed_s=elapsed_s)
+    if not code:
+        _finish(console, record, options.export)
+    return record, code
 
 
 def _cluster(options: argparse.Namespace, tell: Callable[[str], None]) -> str | None:
@@ -123,6 +145,11 @@ def _tell_end(record: Any, *, elapsed_s: float, confirmation: dict[str, Any] | N
     JsonLines(record.sweep.name).show(event)
 
 
+def _bar(console: Console) -> Bar:
+    """Return a progress bar; in a notebook it would need ipywidgets."""
+    return Bar(console=console, transient=True, disable=console.is_jupyter)
+
+
 def _told_by(bar: Bar) -> Callable[[str, int, int], None]:
     task = bar.add_task("", total=None, visible=False)
 
@@ -137,7 +164,7 @@ def audit(options: argparse.Namespace) -> None:
     from search.audit import audit_folder, print_audit, write_audit
 
     console = _console()
-    with Bar(console=console, transient=True) as bar:
+    with _bar(console) as bar:
         manifest, audit = audit_folder(
             options.images, group_pattern=options.group_pattern, progress=_told_by(bar)
         )
@@ -175,8 +202,8 @@ def _finish(console: Console, record: Any, bundle: Path | None) -> None:
         _write_bundle(console, record, bundle, trial_number=None)
 
 
-def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
-    """Say what was run; exit if the sweep did not come to its end."""
+def _print_end(console: Console, record: Any, *, elapsed_s: float) -> int:
+    """Say what was run; return what to exit with: not 0 if the sweep did not come to its end."""
     sweep, trials = record.sweep, record.trials()
     run_epochs = sum(len(trial.epochs) for trial in trials)
     possible = sweep.search.num_trials * sweep.training.max_epochs
@@ -189,10 +216,11 @@ def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
     cut_short = len(trials) < sweep.search.num_trials and sweep.search.time_budget_s is None
     if cut_short or any(trial.state == "running" for trial in trials):
         console.print(f"interrupted; go on with\n  neurosweep resume {sweep.reference}")
-        sys.exit(130)
+        return 130
     if all(trial.state == "failed" for trial in trials):
         print("neurosweep: every trial failed; the table says why", file=sys.stderr)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def top(options: argparse.Namespace) -> None:
@@ -230,6 +258,31 @@ def report(options: argparse.Namespace) -> None:
         console.print("it shows images of the data: mind who gets it")
 
 
+def replay(options: argparse.Namespace) -> None:
+    """Run one trial again, and compare."""
+    from search.results import open_sweep
+    from search.study.record import Record
+
+    record = Record.open(open_sweep(options.name, options.storage))
+    console = _console()
+    from search.data import prepare_data
+
+    with _bar(console) as bar:
+        manifest, pack = prepare_data(record.sweep, _told_by(bar))
+    from search.replay import print_replay, replay_trial
+
+    found = replay_trial(record, manifest, pack, number=options.trial, tell=console.print)
+    print_replay(console, found)
+    _exit(0 if found.is_equal else 1)
+
+
+def completion(options: argparse.Namespace) -> None:
+    """Print what makes a shell complete commands, options, sweeps, and files."""
+    from search.completion import script_for
+
+    print(script_for(options.shell))
+
+
 def confirm(options: argparse.Namespace) -> None:
     """Train the best trials again with fresh seeds."""
     from search.folder import lock
@@ -244,7 +297,7 @@ def confirm(options: argparse.Namespace) -> None:
         address = _cluster(options, console.print)
         from search.data import prepare_data
 
-        with Bar(console=console, transient=True) as bar:
+        with _bar(console) as bar:
             manifest, pack = prepare_data(sweep, _told_by(bar))
         from search.confirm import confirm_sweep, print_confirmation
 
@@ -349,7 +402,7 @@ def _evaluate(
     from search.evaluation.evaluate import evaluate_bundle
     from search.evaluation.tables import print_evaluation
 
-    with Bar(console=console, transient=True) as bar:
+    with _bar(console) as bar:
         evaluation = evaluate_bundle(
             bundle,
             data,
@@ -376,7 +429,7 @@ def explain(options: argparse.Namespace) -> None:
     out = options.out or own
     if out == own and (own / RESULT_FILE).is_file():
         shutil.rmtree(own)  # made by this command, and made anew
-    with Bar(console=console, transient=True) as bar:
+    with _bar(console) as bar:
         explanation = explain_images(
             options.bundle,
             options.images,

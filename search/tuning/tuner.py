@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -168,7 +169,7 @@ def resume_sweep(
     weights = {name: WeightOrigin(**fact) for name, fact in record.facts["weights"].items()}
     check_same_data(record.facts, manifest, pack)
     for backbone, origin in weights.items():
-        _check_same_weights(backbone, origin)
+        check_same_weights(backbone, origin)
     check_devices(sweep, address)
     _tell_data(manifest, pack, tell)
     with connected(address):
@@ -278,7 +279,8 @@ def run_trials(
         finally:
             progress.close()
         # Tune's own handler would swallow the next Ctrl-C.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         shutil.rmtree(sweep.folder / "ray", ignore_errors=True)
     if recorder.storage_error:
         raise InputError(
@@ -365,7 +367,12 @@ def _tell_data(manifest: Manifest, pack: Pack, tell: Tell) -> None:
         tell(f"        {len(pack.skipped)} unreadable images are left out")
 
 
-def _check_same_weights(backbone: str, origin: WeightOrigin) -> None:
+def check_same_weights(backbone: str, origin: WeightOrigin) -> None:
+    """Refuse initial weights that are not those that a sweep was launched with.
+
+    Raises:
+        InputError: If the file has changed, or is gone.
+    """
     now = find_weights(origin.path or "random", backbone=backbone, seed=origin.seed)
     if now.digest != origin.digest:
         raise InputError(
