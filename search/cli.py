@@ -52,7 +52,18 @@ def parser() -> argparse.ArgumentParser:
 
     launch = _command(subparsers, "launch", commands.launch, "run a sweep")
     _setting_options(launch)
+    launch.add_argument(
+        "--budget",
+        metavar="TIME",
+        help="run as many trials as are sure to fit into 2h, 30m, or 90s",
+    )
     _run_options(launch)
+
+    plan = _command(
+        subparsers, "plan", commands.plan, "say what a sweep will take: time, epochs, disk, money"
+    )
+    _setting_options(plan)
+    _cluster_options(plan)
 
     resume = _command(subparsers, "resume", commands.resume, "go on with an interrupted sweep")
     _sweep_options(resume)

@@ -2,6 +2,8 @@
 
 import argparse
 import collections
+import dataclasses
+import functools
 import os
 import shlex
 import shutil
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lightning_modules.errors import InputError
+from search.planning.duration import parse_duration
 from search.watch import PORT, tensorboard_command, tunnel_command
 
 
@@ -31,13 +34,22 @@ def start_sweep(options: argparse.Namespace, settings: Mapping[str, Any]) -> tup
         options: The command's.
         settings: Override those of the sweep file, by dotted key.
     """
+    budget_s = None
+    if options.budget is not None:
+        budget_s = parse_duration(options.budget, "--budget")
+        given = settings.keys() & {"search.num_trials", "search.time_budget_s"}
+        if given:
+            raise InputError(
+                f"--budget chooses the number of trials; got {min(given)} too: leave one out"
+            )
+        settings = {**settings, "search.time_budget_s": budget_s}
     sweep = configured(options, settings)
     _check_export(options.export)
 
     from search.folder import new_folder
 
     with new_folder(sweep):
-        return _run_to_end(sweep, options, is_new=True)
+        return _run_to_end(sweep, options, is_new=True, budget_s=budget_s)
 
 
 def configured(options: argparse.Namespace, settings: Mapping[str, Any]) -> Any:
@@ -69,6 +81,29 @@ def _exit(code: int) -> None:
         sys.exit(code)
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Say what a sweep will take, and run nothing."""
+    from search.folder import new_folder
+
+    sweep = configured(options, dict(_assignment(text) for text in options.set))
+    # In a folder of its own: the sweep's may be there already.
+    sweep = dataclasses.replace(sweep, name=f"{sweep.name[:56]}-plan")
+    console = _console()
+    address = _cluster(options, console.print)
+    with new_folder(sweep):
+        from search.data import prepare_data
+
+        with _bar(console) as bar:
+            manifest, pack = prepare_data(sweep, _told_by(bar))
+        from search.planning.words import print_plan
+        from search.tuning.tuner import plan_sweep
+
+        found = plan_sweep(
+            sweep, manifest, pack, address=address, tell=console.print, wait_s=options.wait_s
+        )
+    print_plan(console, found)
+
+
 def resume(options: argparse.Namespace) -> None:
     """Go on with an interrupted sweep."""
     from search.results import open_sweep
@@ -92,7 +127,9 @@ def resume(options: argparse.Namespace) -> None:
             _exit(_run_to_end(sweep, options, is_new=False)[1])
 
 
-def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> tuple[Any, int]:
+def _run_to_end(
+    sweep: Any, options: argparse.Namespace, *, is_new: bool, budget_s: float | None = None
+) -> tuple[Any, int]:
     from search.data import prepare_data
 
     console = _console(for_people=not options.json)
@@ -108,7 +145,7 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> tup
     from search.trial_table import print_trials
     from search.tuning import tuner
 
-    run = tuner.launch_sweep if is_new else tuner.resume_sweep
+    run = functools.partial(tuner.launch_sweep, budget_s=budget_s) if is_new else tuner.resume_sweep
     record = run(
         sweep,
         manifest,
@@ -205,6 +242,10 @@ def _finish(console: Console, record: Any, bundle: Path | None) -> None:
 def _print_end(console: Console, record: Any, *, elapsed_s: float) -> int:
     """Say what was run; return what to exit with: not 0 if the sweep did not come to its end."""
     sweep, trials = record.sweep, record.trials()
+    if "actual" in record.facts:
+        from search.planning.words import compared
+
+        console.print(compared(record.facts["forecast"], record.facts["actual"]), soft_wrap=True)
     run_epochs = sum(len(trial.epochs) for trial in trials)
     possible = sweep.search.num_trials * sweep.training.max_epochs
     console.print(

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import shtab
 
@@ -59,7 +60,9 @@ def script_for(shell: str) -> str:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif action.type is Path or action.dest in ("data", "weights"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    return shtab.complete(whole, shell=shell, preamble=PREAMBLE)
+    # Its annotation says text; it documents, and takes, one text a shell.
+    preamble: Any = PREAMBLE
+    return shtab.complete(whole, shell=shell, preamble=preamble)
 
 
 def _actions(below: argparse.ArgumentParser) -> Iterator[argparse.Action]:

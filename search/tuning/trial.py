@@ -99,7 +99,7 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
     try:
         fit_trial(
             config,
-            _with_images(run),
+            with_images(run),
             folder=run.sweep.folder,
             report=tune.report,
             callbacks=[board],
@@ -157,7 +157,7 @@ def fit_trial(
         store=feature_store(sweep.resources.feature_cache_gib, since_s=run.started_s),
         weights_digest=run.weights[params.backbone].digest,
         precision=precision,
-        views_are_shared=_are_views_shared(sweep),
+        views_are_shared=are_views_shared(sweep),
     )
     data.features_of = cache.features
     checkpoint_io = AtomicCheckpointIO()
@@ -196,7 +196,7 @@ def cache_sizes() -> tuple[int, ...]:
     return num_initial_backbones(), resident_images.cache_info().currsize
 
 
-def _with_images(run: Run) -> Run:
+def with_images(run: Run) -> Run:
     """Decode the images if this node does not have them."""
     if run.pack.path.is_file():
         return run
@@ -206,7 +206,7 @@ def _with_images(run: Run) -> Run:
     return replace(run, manifest=manifest, pack=pack)
 
 
-def _are_views_shared(sweep: Sweep) -> bool:
+def are_views_shared(sweep: Sweep) -> bool:
     """Tell whether trials see the same views: not if each draws a strength of its own."""
     strength = sweep.space.get("augmentation_strength")
     return strength is None or isinstance(strength, Choice) or sweep.search.sampler == "grid"
