@@ -20,7 +20,7 @@ from search.tuning.resources import TrialResources, max_concurrent
 from search.tuning.trial import Run, feature_store
 
 # Simulations, fewer of long sweeps, which differ less.
-NUM_SIMULATIONS = 100
+NUM_SIMULATIONS = 60
 MIN_SIMULATIONS = 12
 SIMULATED_TRIALS = 5000
 
