@@ -108,7 +108,7 @@ class FeatureCache:
         found = self.store.find(key)
         if found is not None:
             return found, "from the cache"
-        cost = self._cost(split, epoch)
+        cost = self.cost(split, epoch)
         if cost.compute_s * READ_SHARE < cost.round_trip_s:
             return None, (
                 f"computed, {cost.num_bytes / 1024:.0f} KiB an image take as long to read as to "
@@ -203,8 +203,13 @@ class FeatureCache:
     def _rows_digest(self, split: str) -> str:
         return hashlib.sha256(self.data.rows[split].numpy().tobytes()).hexdigest()
 
-    def _cost(self, split: str, epoch: int) -> "Cost":
-        """Measure, once a process, what computing and reading an image's features take."""
+    def cost(self, split: str, epoch: int) -> "Cost":
+        """Measure, once a process, what computing and reading an image's features take.
+
+        Args:
+            split: Whose images.
+            epoch: Whose views.
+        """
         assert self.store is not None  # noqa: S101  narrows the type
         device = self.data.device
         name = (self.module.backbone.name, self.cut, self.data.pack.image_size_px)

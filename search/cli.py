@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     1 is for work that was done and failed, 130 for Ctrl-C, 143 for SIGTERM.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     # Pillow would warn of an image beside the one line that refuses it.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
@@ -53,7 +53,8 @@ def _said(error: InputError | OSError) -> str:
     return str(error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="neurosweep", description=DESCRIPTION)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -71,34 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     launch = _command(subparsers, "launch", commands.launch, "run a sweep")
-    launch.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
-    launch.add_argument("--data", metavar="PATH", help="manifest CSV, or folder of class folders")
+    _setting_options(launch)
     launch.add_argument(
-        "--weights",
-        action="append",
-        metavar="SPEC",
-        help="imagenet, random, a state dict, or a folder of them; repeat to try several in order",
-    )
-    launch.add_argument("--name", help="instead of the sweep file's name")
-    launch.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting of the sweep file, such as search.num_trials=16",
-    )
-    launch.add_argument("--storage", type=Path, metavar="DIR", help="where sweeps are (sweeps/)")
-    launch.add_argument(
-        "--skip-bad-images", action="store_true", help="go on without unreadable images"
-    )
-    copies = launch.add_mutually_exclusive_group()
-    copies.add_argument(
-        "--group-duplicates", action="store_true", help="move images of one picture into one split"
-    )
-    copies.add_argument(
-        "--allow-leakage", action="store_true", help="launch with copies in two splits"
+        "--budget",
+        metavar="TIME",
+        help="run as many trials as are sure to fit into 2h, 30m, or 90s",
     )
     _run_options(launch)
+
+    plan = _command(
+        subparsers, "plan", commands.plan, "say what a sweep will take: time, epochs, disk, money"
+    )
+    _setting_options(plan)
+    _cluster_options(plan)
 
     resume = _command(subparsers, "resume", commands.resume, "go on with an interrupted sweep")
     _sweep_options(resume)
@@ -133,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show overlays of the bundles' explanations, which are images of the data",
     )
+
+    replay = _command(
+        subparsers, "replay", commands.replay, "run one trial again, and compare with the record"
+    )
+    _sweep_options(replay)
+    replay.add_argument("trial", type=_index, metavar="TRIAL", help="its number")
 
     confirm = _command(
         subparsers, "confirm", commands.confirm, "train the best trials again with fresh seeds"
@@ -233,7 +225,42 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--format", choices=("table", "csv", "json"), default="table", help="(table)"
     )
+    completion = _command(
+        subparsers, "completion", commands.completion, "print what makes a shell complete"
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"))
     return parser
+
+
+def _setting_options(parser: argparse.ArgumentParser) -> None:
+    """Add the sweep file, and what overrides it."""
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("--data", metavar="PATH", help="manifest CSV, or folder of class folders")
+    parser.add_argument(
+        "--weights",
+        action="append",
+        metavar="SPEC",
+        help="imagenet, random, a state dict, or a folder of them; repeat to try several in order",
+    )
+    parser.add_argument("--name", help="instead of the sweep file's name")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting of the sweep file, such as search.num_trials=16",
+    )
+    parser.add_argument("--storage", type=Path, metavar="DIR", help="where sweeps are (sweeps/)")
+    parser.add_argument(
+        "--skip-bad-images", action="store_true", help="go on without unreadable images"
+    )
+    copies = parser.add_mutually_exclusive_group()
+    copies.add_argument(
+        "--group-duplicates", action="store_true", help="move images of one picture into one split"
+    )
+    copies.add_argument(
+        "--allow-leakage", action="store_true", help="launch with copies in two splits"
+    )
 
 
 def _command(subparsers: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:

@@ -3,12 +3,14 @@
 import argparse
 import collections
 import contextlib
+import dataclasses
+import functools
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,45 @@ from rich.progress import Progress as Bar
 
 from lightning_modules.errors import InputError
 from lightning_modules.strict_yaml import load_yaml
+from search.planning.duration import parse_duration
 from search.watch import PORT, tensorboard_command, tunnel_command
 
 
 def launch(options: argparse.Namespace) -> None:
     """Run a new sweep."""
+    _exit(start_sweep(options, dict(_assignment(text) for text in options.set))[1])
+
+
+def start_sweep(options: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Any, int]:
+    """Run a new sweep; return its record, and what the command exits with.
+
+    Args:
+        options: The command's.
+        settings: Override those of the sweep file, by dotted key.
+    """
+    budget_s = None
+    if options.budget is not None:
+        budget_s = parse_duration(options.budget, "--budget")
+        given = settings.keys() & {"search.num_trials", "search.time_budget_s"}
+        if given:
+            raise InputError(
+                f"--budget chooses the number of trials; got {min(given)} too: leave one out"
+            )
+        settings = {**settings, "search.time_budget_s": budget_s}
+    sweep = configured(options, settings)
+    _check_export(options.export)
+
+    from search.folder import new_folder
+
+    with new_folder(sweep):
+        return _run_to_end(sweep, options, is_new=True, budget_s=budget_s)
+
+
+def configured(options: argparse.Namespace, settings: Mapping[str, Any]) -> Any:
+    """Return the sweep of a file and of the options that override it."""
     from search.config import load_sweep
 
-    overrides: dict[str, Any] = dict(_assignment(text) for text in options.set)
+    overrides = dict(settings)
     if options.name is not None:
         overrides["name"] = options.name
     if options.data is not None:
@@ -41,13 +74,35 @@ def launch(options: argparse.Namespace) -> None:
         overrides["data.skip_bad_images"] = True
     if options.group_duplicates or options.allow_leakage:
         overrides["data.duplicates"] = "group" if options.group_duplicates else "allow"
-    sweep = load_sweep(options.sweep, overrides)
-    _check_export(options.export)
+    return load_sweep(options.sweep, overrides)
 
+
+def _exit(code: int) -> None:
+    if code:
+        sys.exit(code)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Say what a sweep will take, and run nothing."""
     from search.folder import new_folder
 
+    sweep = configured(options, dict(_assignment(text) for text in options.set))
+    # In a folder of its own: the sweep's may be there already.
+    sweep = dataclasses.replace(sweep, name=f"{sweep.name[:56]}-plan")
+    console = _console()
+    address = _cluster(options, console.print)
     with new_folder(sweep):
-        _run_to_end(sweep, options, is_new=True)
+        from search.data import prepare_data
+
+        with _bar(console) as bar:
+            manifest, pack = prepare_data(sweep, _told_by(bar))
+        from search.planning.words import print_plan
+        from search.tuning.tuner import plan_sweep
+
+        found = plan_sweep(
+            sweep, manifest, pack, address=address, tell=console.print, wait_s=options.wait_s
+        )
+    print_plan(console, found)
 
 
 def resume(options: argparse.Namespace) -> None:
@@ -70,16 +125,18 @@ def resume(options: argparse.Namespace) -> None:
                 _tell_end(record, elapsed_s=0.0)
             _finish(console, record, options.export)
         else:
-            _run_to_end(sweep, options, is_new=False)
+            _exit(_run_to_end(sweep, options, is_new=False)[1])
 
 
-def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> None:
+def _run_to_end(
+    sweep: Any, options: argparse.Namespace, *, is_new: bool, budget_s: float | None = None
+) -> tuple[Any, int]:
     from search.data import prepare_data
 
     console = _console(for_people=not options.json)
     start_s = time.monotonic()
     address = _cluster(options, console.print)
-    with Bar(console=console, transient=True) as bar:
+    with _bar(console) as bar:
         manifest, pack = prepare_data(sweep, _told_by(bar))
     console.print(f"sweep   {sweep.name} in {sweep.folder}", soft_wrap=True)
     console.print(f"watch   {tensorboard_command(sweep)}", soft_wrap=True)
@@ -89,7 +146,7 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     from search.trial_table import print_trials
     from search.tuning import tuner
 
-    run = tuner.launch_sweep if is_new else tuner.resume_sweep
+    run = functools.partial(tuner.launch_sweep, budget_s=budget_s) if is_new else tuner.resume_sweep
     again = f"neurosweep resume {sweep.reference}"
     with _said_how_to_go_on(console, again, if_there=sweep.folder / "sweep.yaml"):
         record = run(
@@ -105,8 +162,10 @@ def _run_to_end(sweep: Any, options: argparse.Namespace, *, is_new: bool) -> Non
     print_trials(console, record, num_rows=20)
     if options.json:
         _tell_end(record, elapsed_s=elapsed_s)
-    _print_end(console, record, elapsed_s=elapsed_s)
-    _finish(console, record, options.export)
+    code = _print_end(console, record, elapsed_s=elapsed_s)
+    if not code:
+        _finish(console, record, options.export)
+    return record, code
 
 
 def _cluster(options: argparse.Namespace, tell: Callable[[str], None]) -> str | None:
@@ -147,6 +206,11 @@ def _said_how_to_go_on(console: Console, command: str, *, if_there: Path) -> Ite
         sys.exit(1)
 
 
+def _bar(console: Console) -> Bar:
+    """Return a progress bar; in a notebook it would need ipywidgets."""
+    return Bar(console=console, transient=True, disable=console.is_jupyter)
+
+
 def _told_by(bar: Bar) -> Callable[[str, int, int], None]:
     task = bar.add_task("", total=None, visible=False)
 
@@ -161,7 +225,7 @@ def audit(options: argparse.Namespace) -> None:
     from search.audit import audit_folder, print_audit, write_audit
 
     console = _console()
-    with Bar(console=console, transient=True) as bar:
+    with _bar(console) as bar:
         manifest, audit = audit_folder(
             options.images, group_pattern=options.group_pattern, progress=_told_by(bar)
         )
@@ -199,9 +263,13 @@ def _finish(console: Console, record: Any, bundle: Path | None) -> None:
         _write_bundle(console, record, bundle, trial_number=None)
 
 
-def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
-    """Say what was run; exit if the sweep did not come to its end."""
+def _print_end(console: Console, record: Any, *, elapsed_s: float) -> int:
+    """Say what was run; return what to exit with: not 0 if the sweep did not come to its end."""
     sweep, trials = record.sweep, record.trials()
+    if "actual" in record.facts:
+        from search.planning.words import compared
+
+        console.print(compared(record.facts["forecast"], record.facts["actual"]), soft_wrap=True)
     run_epochs = sum(len(trial.epochs) for trial in trials)
     possible = sweep.search.num_trials * sweep.training.max_epochs
     console.print(
@@ -214,10 +282,11 @@ def _print_end(console: Console, record: Any, *, elapsed_s: float) -> None:
     if cut_short or any(trial.state == "running" for trial in trials):
         command = f"neurosweep resume {sweep.reference}"
         console.print(f"not every trial has ended; go on with\n  {command}", soft_wrap=True)
-        sys.exit(1)
+        return 1
     if all(trial.state == "failed" for trial in trials):
         print("neurosweep: every trial failed; the table says why", file=sys.stderr)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def top(options: argparse.Namespace) -> None:
@@ -255,6 +324,31 @@ def report(options: argparse.Namespace) -> None:
         console.print("it shows images of the data: mind who gets it")
 
 
+def replay(options: argparse.Namespace) -> None:
+    """Run one trial again, and compare."""
+    from search.results import open_sweep
+    from search.study.record import Record
+
+    record = Record.open(open_sweep(options.name, options.storage))
+    console = _console()
+    from search.data import prepare_data
+
+    with _bar(console) as bar:
+        manifest, pack = prepare_data(record.sweep, _told_by(bar))
+    from search.replay import print_replay, replay_trial
+
+    found = replay_trial(record, manifest, pack, number=options.trial, tell=console.print)
+    print_replay(console, found)
+    _exit(0 if found.is_equal else 1)
+
+
+def completion(options: argparse.Namespace) -> None:
+    """Print what makes a shell complete commands, options, sweeps, and files."""
+    from search.completion import script_for
+
+    print(script_for(options.shell))
+
+
 def confirm(options: argparse.Namespace) -> None:
     """Train the best trials again with fresh seeds."""
     from search.folder import lock
@@ -269,7 +363,7 @@ def confirm(options: argparse.Namespace) -> None:
         address = _cluster(options, console.print)
         from search.data import prepare_data
 
-        with Bar(console=console, transient=True) as bar:
+        with _bar(console) as bar:
             manifest, pack = prepare_data(sweep, _told_by(bar))
         from search.confirm import confirm_sweep, print_confirmation
 
@@ -376,7 +470,7 @@ def _evaluate(
     from search.evaluation.evaluate import evaluate_bundle
     from search.evaluation.tables import print_evaluation
 
-    with Bar(console=console, transient=True) as bar:
+    with _bar(console) as bar:
         evaluation = evaluate_bundle(
             bundle,
             data,
@@ -406,7 +500,7 @@ def explain(options: argparse.Namespace) -> None:
             raise InputError(f"a bundle's files are its own; {path} is a link: remove it")
     if out == own and (own / RESULT_FILE).is_file():
         shutil.rmtree(own)  # made by this command, and made anew
-    with Bar(console=console, transient=True) as bar:
+    with _bar(console) as bar:
         explanation = explain_images(
             options.bundle,
             options.images,

@@ -301,6 +301,8 @@ def _checked(sweep: Sweep) -> Sweep:
     _within("resources.cpus_per_trial", sweep.resources.cpus_per_trial, 1, 1024)
     if sweep.resources.feature_cache_gib is not None:
         _within("resources.feature_cache_gib", sweep.resources.feature_cache_gib, 0, 10**6)
+    if sweep.resources.price_per_gpu_hour is not None:
+        _within("resources.price_per_gpu_hour", sweep.resources.price_per_gpu_hour, 0, 10**6)
     if sweep.search.max_concurrent_trials is not None:
         _within("search.max_concurrent_trials", sweep.search.max_concurrent_trials, 1, 100_000)
     if sweep.search.time_budget_s is not None:

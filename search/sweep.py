@@ -166,11 +166,14 @@ class ResourceSettings:
         feature_cache_gib: Most that the features of frozen stages may take on a node's disk; 0
             computes them anew in every trial. If not given: half of the memory, or of the free
             disk if that is less.
+        price_per_gpu_hour: What a GPU costs an hour, in whatever currency; plans say what the sweep
+            will cost.
     """
 
     cpus_per_trial: int = 1
     gpus_per_trial: float | None = None
     feature_cache_gib: float | None = None
+    price_per_gpu_hour: float | None = None
 
 
 WeightsSpec = str | tuple[str, ...]

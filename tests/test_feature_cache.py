@@ -326,7 +326,7 @@ def test_features_that_take_as_long_to_read_as_to_compute_are_not_cached(
 def test_the_cost_of_features_is_measured(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(feature_cache, "_COSTS", {})
-    cost = make(unfreeze_depth=0)._cost("train", 0)
+    cost = make(unfreeze_depth=0).cost("train", 0)
     assert cost.num_bytes == 1280 * 4
     assert cost.compute_s > 0
     assert cost.round_trip_s > 0
@@ -366,7 +366,7 @@ def test_while_another_worker_computes_an_epoch_this_one_computes_later_ones(
             time.sleep(0.01)
         assert thread.is_alive()  # three epochs ahead it stops, and waits
         assert not store.path_of(other._key("train", 4, other.cut)).exists()
-        assert other._fill(claim, "train", 0, other._cost("train", 0))
+        assert other._fill(claim, "train", 0, other.cost("train", 0))
     thread.join(60)
     assert got[0] is not None
     assert waiting.outcome == "from the cache"

@@ -3,18 +3,20 @@
 import math
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from ray import tune
 from torch import Tensor
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.feature_cache import FeatureCache
 from search.study.recorded import CheckpointFile
 from search.tuning.checkpoint import AtomicCheckpointIO
+
+Report = Callable[[dict[str, Any]], object]
 
 BEST_OF = {"val_macro_f1": max, "val_accuracy": max, "val_loss": min}
 
@@ -36,6 +38,7 @@ class ReportEpoch(pl.Callback):
         checkpoint_io: The trainer's.
         cache: Asked what became of the frozen stages' features.
         leak: What earlier trials have left behind in the worker; empty if nothing.
+        report: Takes an epoch; in a worker, Ray Tune. It may not return.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ReportEpoch(pl.Callback):
         checkpoint_io: AtomicCheckpointIO,
         cache: FeatureCache,
         leak: str,
+        report: Report,
     ) -> None:
         self.folder = folder
         self.trial_folder = trial_folder
@@ -59,6 +63,7 @@ class ReportEpoch(pl.Callback):
         self.checkpoint_io = checkpoint_io
         self.cache = cache
         self.leak = leak
+        self.report = report
         self.last: CheckpointFile | None = None
         self.best: CheckpointFile | None = None
         self.best_value = -math.inf
@@ -97,7 +102,7 @@ class ReportEpoch(pl.Callback):
         self.last = None
         if epoch < (trainer.max_epochs or 0) and not diverged:
             self.last = self._save(trainer, f"last-e{epoch:05d}", epoch, weights_only=False)
-        tune.report(
+        self.report(
             {
                 "epoch": epoch,
                 **{name: metrics[name] for name in ("train_loss", *BEST_OF)},

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,6 +21,21 @@ MEMORY_MARGIN = 1.25
 
 # By (backbone, unfreeze_depth, batch_size): the share of a GPU.
 Shares = dict[tuple[str, int, int], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResources:
+    """What trials take of the connected cluster.
+
+    Attributes:
+        whole: ``cpu`` and ``gpu`` of a trial that shares no GPU.
+        shares: Of a GPU, by kind of trial; empty where all take the same.
+        num_slots: Trials at a time.
+    """
+
+    whole: dict[str, float]
+    shares: Shares
+    num_slots: int
 
 
 def check_devices(sweep: Sweep, address: str | None) -> None:

@@ -5,11 +5,14 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from ray import tune
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import (
@@ -26,7 +29,7 @@ from lightning_modules.weights import WeightOrigin, num_initial_backbones
 from search.data import check_same_data, prepare_data
 from search.space import Choice
 from search.sweep import Sweep, TrialParams
-from search.tuning.callbacks import ReportEpoch
+from search.tuning.callbacks import Report, ReportEpoch
 from search.tuning.checkpoint import AtomicCheckpointIO
 from search.tuning.survey import check_joined_node
 from search.tuning.trial_board import TrialBoard
@@ -38,6 +41,9 @@ for message in (
     ".*in eval mode at the start of training.*",
     ".*does not have many workers.*",
     ".*number of training batches.*",
+    # Nor does it matter that srun is there, or how Lightning asks torch for a tree's leaves.
+    ".*`srun` command is available.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
 ):
     warnings.filterwarnings("ignore", message=message)
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -91,7 +97,14 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
     )
     has_failed = False
     try:
-        _fit(config, _with_images(run), board, leak=leak)
+        fit_trial(
+            config,
+            with_images(run),
+            folder=run.sweep.folder,
+            report=tune.report,
+            callbacks=[board],
+            leak=leak,
+        )
     except Exception:
         has_failed = True
         raise
@@ -100,7 +113,25 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
         board.close(has_failed=has_failed)
 
 
-def _fit(config: dict[str, Any], run: Run, board: TrialBoard, *, leak: str) -> None:
+def fit_trial(
+    config: dict[str, Any],
+    run: Run,
+    *,
+    folder: Path,
+    report: Report,
+    callbacks: Sequence[pl.Callback] = (),
+    leak: str = "",
+) -> None:
+    """Train one trial in this process.
+
+    Args:
+        config: What ``StudySearcher.suggest`` returned.
+        run: What all trials share; the images are here.
+        folder: Checkpoints go below it; the sweep's, but for a trial that is only replayed.
+        report: Takes each epoch, and may end the training by not returning.
+        callbacks: Come before the report.
+        leak: What earlier trials have left behind in this process.
+    """
     sweep, resume = run.sweep, config["resume"]
     params = TrialParams(**config["params"])
     precision: Any = run.precisions[params.backbone]
@@ -126,13 +157,13 @@ def _fit(config: dict[str, Any], run: Run, board: TrialBoard, *, leak: str) -> N
         store=feature_store(sweep.resources.feature_cache_gib, since_s=run.started_s),
         weights_digest=run.weights[params.backbone].digest,
         precision=precision,
-        views_are_shared=_are_views_shared(sweep),
+        views_are_shared=are_views_shared(sweep),
     )
     data.features_of = cache.features
     checkpoint_io = AtomicCheckpointIO()
-    report = ReportEpoch(
-        folder=sweep.folder,
-        trial_folder=sweep.folder / "trials" / f"{config['number']:05d}",
+    report_epoch = ReportEpoch(
+        folder=folder,
+        trial_folder=folder / "trials" / f"{config['number']:05d}",
         metric=sweep.metric,
         mode=sweep.mode,
         attempt=config["attempt"],
@@ -140,13 +171,14 @@ def _fit(config: dict[str, Any], run: Run, board: TrialBoard, *, leak: str) -> N
         checkpoint_io=checkpoint_io,
         cache=cache,
         leak=leak,
+        report=report,
     )
     trainer = pl.Trainer(
         accelerator="gpu" if run.on_gpu else "cpu",
         devices=1,
         max_epochs=sweep.training.max_epochs,
         precision=precision,
-        callbacks=[board, report],  # the report comes last: it may not return
+        callbacks=[*callbacks, report_epoch],  # the report comes last: it may not return
         # Not Slurm's or another: a trial is one process, wherever it was launched.
         plugins=[LightningEnvironment(), checkpoint_io],
         num_sanity_val_steps=0,
@@ -155,7 +187,7 @@ def _fit(config: dict[str, Any], run: Run, board: TrialBoard, *, leak: str) -> N
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    start_from = None if resume is None else str(sweep.folder / resume["last"]["path"])
+    start_from = None if resume is None else str(folder / resume["last"]["path"])
     trainer.fit(module, datamodule=data, ckpt_path=start_from)
 
 
@@ -164,7 +196,7 @@ def cache_sizes() -> tuple[int, ...]:
     return num_initial_backbones(), resident_images.cache_info().currsize
 
 
-def _with_images(run: Run) -> Run:
+def with_images(run: Run) -> Run:
     """Decode the images if this node does not have them."""
     if run.pack.path.is_file():
         return run
@@ -174,7 +206,7 @@ def _with_images(run: Run) -> Run:
     return replace(run, manifest=manifest, pack=pack)
 
 
-def _are_views_shared(sweep: Sweep) -> bool:
+def are_views_shared(sweep: Sweep) -> bool:
     """Tell whether trials see the same views: not if each draws a strength of its own."""
     strength = sweep.space.get("augmentation_strength")
     return strength is None or isinstance(strength, Choice) or sweep.search.sampler == "grid"

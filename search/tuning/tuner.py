@@ -36,6 +36,8 @@ from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
 from search.interruption import Interruption
+from search.planning.plan import Plan, make_plan
+from search.planning.words import lines_of
 from search.study.origins import recorded_weights
 from search.study.record import Record
 from search.sweep import Sweep, TrialParams
@@ -47,6 +49,7 @@ from search.tuning.progress import Progress
 from search.tuning.recorder import EndOfSweep, StudyRecorder
 from search.tuning.resources import (
     Shares,
+    TrialResources,
     check_devices,
     max_concurrent,
     max_trials_per_gpu,
@@ -84,6 +87,7 @@ def launch_sweep(
     tell: Tell,
     wait_s: float = 0.0,
     as_json: bool = False,
+    budget_s: float | None = None,
 ) -> Record:
     """Run a new sweep to its end.
 
@@ -96,12 +100,99 @@ def launch_sweep(
         wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
         as_json: Whether events go to standard output, see ``events``, instead of a view for people.
 
+        budget_s: Run as many trials as are sure to fit; none runs the sweep's own number.
+
     Returns:
         The sweep's record.
 
     Raises:
         InputError: If anything the user gave is wrong; then there is no record either.
     """
+    weights, leakage = _look(sweep, manifest, pack, address, tell)
+    with contextlib.ExitStack() as stack:
+        if address is not None:
+            # What a cluster has is known only to it, and asked before there is a record.
+            stack.enter_context(connected(address))
+            wait_for_node(sweep, wait_s, tell)
+            check_nodes(sweep, manifest, pack, tell=tell)
+            weights = {name: _share(origin, sweep) for name, origin in weights.items()}
+        manifest.write(sweep.folder / "manifest.csv")
+        facts = {
+            **_facts(manifest, pack, weights),
+            "leakage": leakage,
+            "costs": _costs(sweep, manifest, tell),
+        }
+        record = Record.create(sweep, facts)
+        if address is None:
+            stack.enter_context(connected(None))
+        is_local = address is None
+        run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
+        plan = make_plan(
+            run,
+            scratch=str(sweep.folder),
+            resources=resources,
+            network_costs=record.costs,
+            budget_s=budget_s,
+        )
+        for line in lines_of(plan):
+            tell(line)
+        record.add_fact("forecast", plan.as_fact())
+        record.sweep = plan.sweep
+        write_atomically(sweep.folder / "sweep.yaml", dump_sweep(plan.sweep).encode())
+        run = dataclasses.replace(run, sweep=plan.sweep)
+        _run(record, run, resources, is_local=is_local, tell=tell, as_json=as_json)
+    return record
+
+
+def plan_sweep(
+    sweep: Sweep,
+    manifest: Manifest,
+    pack: Pack,
+    *,
+    address: str | None,
+    tell: Tell,
+    wait_s: float = 0.0,
+) -> Plan:
+    """Return what a sweep will take, and run nothing.
+
+    Args:
+        sweep: Its folder is new, and held; it is left empty.
+        manifest: Its images, split.
+        pack: Its images, decoded.
+        address: A running Ray cluster's; none starts one on this machine.
+        tell: Given a line for the user now and then.
+        wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
+
+    Raises:
+        InputError: As ``launch_sweep``.
+    """
+    weights, _ = _look(sweep, manifest, pack, address, tell)
+    costs = {
+        name: found[sweep.cost]
+        for name, found in _costs(sweep, manifest, tell).items()
+        if sweep.cost
+    }
+    try:
+        with connected(address):
+            if address is not None:
+                wait_for_node(sweep, wait_s, tell)
+                check_nodes(sweep, manifest, pack, tell=tell)
+                weights = {name: _share(origin, sweep) for name, origin in weights.items()}
+            measured = measure(sweep, is_local=address is None)
+            run, resources = _run_of(
+                sweep, manifest, pack, weights, measured, is_local=address is None
+            )
+            return make_plan(
+                run, scratch=str(sweep.folder), resources=resources, network_costs=costs
+            )
+    finally:
+        shutil.rmtree(sweep.folder / "weights", ignore_errors=True)
+
+
+def _look(
+    sweep: Sweep, manifest: Manifest, pack: Pack, address: str | None, tell: Tell
+) -> tuple[dict[str, WeightOrigin], dict[str, int]]:
+    """Look at devices, weights, and images before anything starts; tell of them."""
     check_devices(sweep, address)
     if sweep.data.source_weights:
         source_loss_weights(manifest, sweep.data.source_weights)  # refuses sources that are not
@@ -119,25 +210,7 @@ def launch_sweep(
     leakage = check_leakage(sweep, manifest, pack)
     if leakage:
         tell(f"        {leakage['pictures']} pictures lie in two splits: scores flatter")
-    with contextlib.ExitStack() as stack:
-        if address is not None:
-            # What a cluster has is known only to it, and asked before there is a record.
-            stack.enter_context(connected(address))
-            wait_for_node(sweep, wait_s, tell)
-            check_nodes(sweep, manifest, pack, tell=tell)
-            weights = {name: _share(origin, sweep) for name, origin in weights.items()}
-        manifest.write(sweep.folder / "manifest.csv")
-        facts = {
-            **_facts(manifest, pack, weights),
-            "leakage": leakage,
-            "costs": _costs(sweep, manifest, tell),
-        }
-        record = Record.create(sweep, facts)
-        write_atomically(sweep.folder / "sweep.yaml", dump_sweep(sweep).encode())
-        if address is None:
-            stack.enter_context(connected(None))
-        _run(record, manifest, pack, weights, is_local=address is None, tell=tell, as_json=as_json)
-    return record
+    return weights, leakage
 
 
 def resume_sweep(
@@ -174,18 +247,20 @@ def resume_sweep(
     weights = recorded_weights(record)
     check_same_data(record.facts, manifest, pack)
     for backbone, origin in weights.items():
-        _check_same_weights(backbone, origin)
+        check_same_weights(backbone, origin)
     check_devices(sweep, address)
     _tell_data(manifest, pack, tell)
     with connected(address):
         if address is not None:
             wait_for_node(sweep, wait_s, tell)
             check_nodes(sweep, manifest, pack, tell=tell)
-        _run(record, manifest, pack, weights, is_local=address is None, tell=tell, as_json=as_json)
+        is_local = address is None
+        run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
+        _run(record, run, resources, is_local=is_local, tell=tell, as_json=as_json)
     return record
 
 
-def _run(
+def _prepare(
     record: Record,
     manifest: Manifest,
     pack: Pack,
@@ -193,12 +268,23 @@ def _run(
     *,
     is_local: bool,
     tell: Tell,
-    as_json: bool,
-) -> None:
-    sweep = record.sweep
+) -> tuple[Run, TrialResources]:
+    """Return what trials share, and what they take of the connected cluster."""
     measured = _measured(record, tell, is_local=is_local)
-    shares = _shares(sweep, measured)
+    return _run_of(record.sweep, manifest, pack, weights, measured, is_local=is_local)
+
+
+def _run_of(
+    sweep: Sweep,
+    manifest: Manifest,
+    pack: Pack,
+    weights: dict[str, WeightOrigin],
+    measured: dict[str, Any],
+    *,
+    is_local: bool,
+) -> tuple[Run, TrialResources]:
     whole = whole_resources(sweep)
+    shares = _shares(sweep, measured)
     smallest = whole | ({"gpu": min(shares.values())} if shares else {})
     run = Run(
         sweep=sweep,
@@ -210,20 +296,47 @@ def _run(
         started_s=time.time(),
         source_digest=None if is_local else source_digest(),
     )
+    num_slots = sweep.search.max_concurrent_trials or max_concurrent(smallest)
+    return run, TrialResources(whole=whole, shares=shares, num_slots=num_slots)
+
+
+def _run(
+    record: Record,
+    run: Run,
+    resources: TrialResources,
+    *,
+    is_local: bool,
+    tell: Tell,
+    as_json: bool,
+) -> None:
+    whole, shares = resources.whole, resources.shares
 
     def resources_of(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         gpu = share_of(TrialParams(**config["params"]), shares) if shares else whole["gpu"]
         return tune.PlacementGroupFactory([{"CPU": whole["cpu"], "GPU": gpu}])
 
+    is_new = record.num_trials == 0
+    start_s = time.monotonic()
     run_trials(
         record,
         tune.with_resources(tune.with_parameters(train_trial, run=run), resources_of),
-        max_concurrent_trials=sweep.search.max_concurrent_trials or max_concurrent(smallest),
+        max_concurrent_trials=resources.num_slots,
         is_local=is_local,
         as_json=as_json,
         tell=tell,
     )
-    draw_kept(record, manifest, pack, tell)
+    if is_new:
+        _record_actual(record, time.monotonic() - start_s)
+    draw_kept(record, run.manifest, run.pack, tell)
+
+
+def _record_actual(record: Record, duration_s: float) -> None:
+    """Record what became of the forecast, in its words, if the sweep came to its end."""
+    trials = record.trials()
+    if any(trial.state == "running" for trial in trials):
+        return
+    epochs = sum(len(trial.epochs) for trial in trials)
+    record.add_fact("actual", {"duration_s": duration_s, "epochs": epochs})
 
 
 def run_trials(
@@ -374,7 +487,12 @@ def _tell_data(manifest: Manifest, pack: Pack, tell: Tell) -> None:
         tell(f"        {len(pack.skipped)} unreadable images are left out")
 
 
-def _check_same_weights(backbone: str, origin: WeightOrigin) -> None:
+def check_same_weights(backbone: str, origin: WeightOrigin) -> None:
+    """Refuse initial weights that are not those that a sweep was launched with.
+
+    Raises:
+        InputError: If the file has changed, or is gone.
+    """
     now = find_weights(origin.path or "random", backbone=backbone, seed=origin.seed)
     if now.digest != origin.digest:
         raise InputError(

@@ -1,0 +1,237 @@
+"""What each kind of trial, a backbone and a depth, takes on a worker: measured in a few steps."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data.datamodule import VAL_BATCH_SIZE, Batch, PackDataModule, take_rows
+from lightning_modules.feature_cache import READ_SHARE, FeatureCache
+from lightning_modules.step_cost import CONTEXT_BYTES
+from search.sweep import TrialParams
+from search.tuning.checkpoint import AtomicCheckpointIO
+from search.tuning.trial import Run, are_views_shared, build_module, feature_store, with_images
+
+# Timed after one that is not: the first chooses kernels and allocates.
+NUM_TIMED = 3
+
+# A few that together take so long say enough.
+ENOUGH_S = 1.0
+
+# A kind of trial: backbone, and unfreeze depth.
+Kind = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindCost:
+    """What trials of one backbone and depth take, alone on their share of a worker.
+
+    Attributes:
+        build_s: To build the module.
+        compute_s: An image's view, and the frozen stages' features of it.
+        feature_bytes: Of an image's features; 0 if none are stored.
+        is_shared: Whether features are stored, and read by the trials that come later.
+        read_s: To write an image's features and read them back.
+        train_s: Of a training step, without the features, an image.
+        val_s: Of validation, without the features, an image.
+        save_s: To write an epoch's checkpoints.
+        best_bytes: A checkpoint that is kept.
+        last_bytes: A checkpoint to go on from.
+        peak_bytes: Most memory that was taken: a GPU's, the process included; the process's own on
+            a CPU, which gives nothing back; 0 if the system does not tell.
+    """
+
+    build_s: float
+    compute_s: float
+    feature_bytes: int
+    is_shared: bool
+    read_s: float
+    train_s: float
+    val_s: float
+    save_s: float
+    best_bytes: int
+    last_bytes: int
+    peak_bytes: int
+
+
+def measure_kinds(
+    run: Run, kinds: Sequence[Kind], scratch: str
+) -> tuple[float, dict[Kind, KindCost]]:
+    """Measure kinds of trials, one after another, in this process.
+
+    Args:
+        run: What trials share.
+        kinds: Which ones; the shallow ones first, since a process's memory only grows.
+        scratch: A folder on the sweep's storage, to time checkpoints in.
+
+    Returns:
+        When this began, in seconds since 1970, and what each kind takes.
+    """
+    started_s = time.time()
+    if not run.on_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as trials do
+    run = with_images(run)
+    return started_s, {kind: _measure_kind(run, kind, Path(scratch)) for kind in kinds}
+
+
+def _measure_kind(run: Run, kind: Kind, scratch: Path) -> KindCost:
+    sweep = run.sweep
+    device = torch.device("cuda" if run.on_gpu else "cpu")
+    params = replace(sweep.params, backbone=kind[0], unfreeze_depth=kind[1])
+    precision = run.precisions[params.backbone]
+    _reset_peak(device)
+    start_s = time.perf_counter()
+    module = build_module(
+        params,
+        sweep=sweep,
+        manifest=run.manifest,
+        weights=run.weights,
+        seed=sweep.seed,
+        view_seed=sweep.seed,
+    ).to(device)
+    module.train()
+    build_s = time.perf_counter() - start_s
+    data = _data(run, params, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        compute_s, cost = _time_features(run, module, data, params)
+        train_s, optimizer = _time_training(module, data, params, device)
+        val_s = _time_validation(module, data, device)
+    save_s, best_bytes, last_bytes = _time_checkpoints(module, optimizer, scratch)
+    pays = cost is not None and cost.compute_s * READ_SHARE >= cost.round_trip_s
+    return KindCost(
+        build_s=build_s,
+        compute_s=compute_s,
+        feature_bytes=cost.num_bytes if cost is not None and pays else 0,
+        is_shared=pays and are_views_shared(sweep),
+        read_s=cost.round_trip_s if cost is not None else 0.0,
+        train_s=train_s,
+        val_s=val_s,
+        save_s=save_s,
+        best_bytes=best_bytes,
+        last_bytes=last_bytes,
+        peak_bytes=_peak_bytes(device),
+    )
+
+
+def _data(run: Run, params: TrialParams, device: torch.device) -> PackDataModule:
+    data = PackDataModule(run.manifest, run.pack, batch_size=params.batch_size, seed=0)
+    # All that the module asks its trainer for is where batches go.
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=device))
+    data.trainer = trainer
+    return data
+
+
+def _time_features(
+    run: Run, module: ImageClassifier, data: PackDataModule, params: TrialParams
+) -> tuple[float, Any]:
+    """Return the seconds that an image's features take, and the store's own account of it."""
+    store = feature_store(run.sweep.resources.feature_cache_gib, since_s=run.started_s)
+    if store is not None and module.frozen_stages:
+        cache = FeatureCache(
+            module,
+            data,
+            store=store,
+            weights_digest=run.weights[params.backbone].digest,
+            precision=run.precisions[params.backbone],
+            views_are_shared=are_views_shared(run.sweep),
+        )
+        cost = cache.cost("train", 0)
+        return cost.compute_s, cost
+    rows = data.rows["train"][: params.batch_size]
+    seconds = _time(lambda: _features(module, data, rows, epoch=0), data.device)
+    return seconds / len(rows), None
+
+
+def _time_training(
+    module: ImageClassifier, data: PackDataModule, params: TrialParams, device: torch.device
+) -> tuple[float, torch.optim.Optimizer]:
+    rows = data.rows["train"][: params.batch_size]
+    features = _features(module, data, rows, epoch=0)
+    batch = Batch(None, features, data.labels[rows].to(device), rows.to(device))
+    optimizer = module.configure_optimizers()
+
+    def step() -> None:
+        loss, _ = module.loss_of(batch)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, enabled=False):
+            loss.backward()
+            optimizer.step()
+
+    return _time(step, device) / len(rows), optimizer
+
+
+def _time_validation(module: ImageClassifier, data: PackDataModule, device: torch.device) -> float:
+    rows = data.rows["val"][:VAL_BATCH_SIZE]
+    module.eval()
+    with torch.no_grad():
+        features = _features(module, data, rows, epoch=None)
+        seconds = _time(lambda: module.logits(features), device)
+    return seconds / len(rows)
+
+
+def _time_checkpoints(
+    module: ImageClassifier, optimizer: torch.optim.Optimizer, scratch: Path
+) -> tuple[float, int, int]:
+    """Write what an epoch writes that is the best so far."""
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    checkpoint_io = AtomicCheckpointIO()
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".plan-") as folder:
+        best, last = Path(folder) / "best", Path(folder) / "last"
+        start_s = time.perf_counter()
+        checkpoint_io.save_checkpoint(checkpoint, best)
+        checkpoint_io.save_checkpoint({**checkpoint, "optimizer": optimizer.state_dict()}, last)
+        return time.perf_counter() - start_s, best.stat().st_size, last.stat().st_size
+
+
+def _features(
+    module: ImageClassifier, data: PackDataModule, rows: Tensor, *, epoch: int | None
+) -> Tensor:
+    images = data.images
+    taken = take_rows(images, rows.to(images.device)).unsqueeze(1).to(data.device)
+    return module.frozen_features(taken, rows.to(data.device), epoch=epoch)
+
+
+def _time(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a piece of work takes, the mean of a few."""
+
+    def timed() -> float:
+        start_s = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start_s
+
+    timed()
+    times_s: list[float] = []
+    while len(times_s) < NUM_TIMED and sum(times_s) < ENOUGH_S:
+        times_s.append(timed())
+    return sum(times_s) / len(times_s)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts from here
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device)) + CONTEXT_BYTES
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0

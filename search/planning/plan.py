@@ -1,0 +1,265 @@
+"""What a sweep will probably take: trials, epochs, time, disk, and money."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from lightning_modules.errors import InputError
+from lightning_modules.seeds import derive_seed
+from search.planning.duration import in_words
+from search.planning.kind_cost import Kind, KindCost, measure_kinds
+from search.planning.simulation import Outcome, Setting, Simulation
+from search.samplers.sampler import num_grid_points
+from search.space import Choice, Int
+from search.sweep import Sweep
+from search.tuning.resources import TrialResources, max_concurrent
+from search.tuning.trial import Run, feature_store
+
+# Simulations, fewer of long sweeps, which differ less.
+NUM_SIMULATIONS = 60
+MIN_SIMULATIONS = 12
+SIMULATED_TRIALS = 5000
+
+# The middle nine tenths of the simulations.
+QUANTILES = (0.05, 0.5, 0.95)
+
+# How much a few timed steps are off, as the standard deviation of a factor: a machine's speed
+# changes with its heat, and with who else is on it.
+SPEED_SPREAD = 0.1
+
+# As many workers measure at once, at most: beside each other, as trials run.
+MOST_MEASURING = 16
+
+# What a TensorBoard run takes with its pictures, measured; trials that are not kept take far less.
+BOARD_BYTES = 300 * 1024
+
+MOST_TRIALS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A low value, one in the middle, and a high one: nine in ten lie between the outer two."""
+
+    low: float
+    middle: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A forecast of a sweep.
+
+    Attributes:
+        sweep: With the number of trials that was planned for.
+        num_slots: Trials at a time.
+        epochs: Of all trials.
+        duration_s: From the first trial to the end of the last.
+        costs: By kind of trial.
+        num_train: Images.
+        num_val: Images.
+        disk_bytes: By what takes it: ``features``, ``checkpoints``, ``images``, ``TensorBoard``.
+        num_gpus: That the trials hold.
+    """
+
+    sweep: Sweep
+    num_slots: int
+    epochs: Span
+    duration_s: Span
+    costs: Mapping[Kind, KindCost]
+    num_train: int
+    num_val: int
+    disk_bytes: Mapping[str, float]
+    num_gpus: float
+
+    @property
+    def price(self) -> float | None:
+        """What the GPUs cost, in the currency of ``price_per_gpu_hour``; none if not given."""
+        rate = self.sweep.resources.price_per_gpu_hour
+        return None if rate is None else rate * self.num_gpus * self.duration_s.middle / 3600
+
+    def epoch_s(self, kind: Kind) -> tuple[float, float]:
+        """Return an epoch's seconds with all features computed, and with all of them stored."""
+        cost = self.costs[kind]
+        rest = self.num_train * cost.train_s + self.num_val * cost.val_s + cost.save_s
+        whole = rest + self.num_train * cost.compute_s
+        return whole, rest + self.num_train * cost.read_s / 2 if cost.is_shared else whole
+
+    def as_fact(self) -> dict[str, Any]:
+        """Return what the record keeps of it."""
+        return {
+            "num_trials": self.sweep.search.num_trials,
+            "num_slots": self.num_slots,
+            "epochs": dataclasses.asdict(self.epochs),
+            "duration_s": dataclasses.asdict(self.duration_s),
+            "disk_bytes": sum(self.disk_bytes.values()),
+            "price": self.price,
+        }
+
+
+def make_plan(
+    run: Run,
+    *,
+    scratch: str,
+    resources: TrialResources,
+    network_costs: Mapping[str, float],
+    budget_s: float | None = None,
+) -> Plan:
+    """Measure on the connected cluster's workers, and simulate the sweep.
+
+    Args:
+        run: What its trials share.
+        scratch: A folder on the sweep's storage.
+        resources: What they take of the cluster.
+        network_costs: By backbone, where the sweep has a cost as its second objective.
+        budget_s: Choose the number of trials whose upper bound fits; none takes the sweep's.
+
+    Raises:
+        InputError: If not even one trial fits the budget.
+    """
+    sweep = run.sweep
+    costs, worker_start_s = _measure(run, scratch, resources.whole)
+    store = feature_store(sweep.resources.feature_cache_gib, since_s=run.started_s)
+    setting = Setting(
+        costs=costs,
+        num_train=len(run.manifest.rows("train")),
+        num_val=len(run.manifest.rows("val")),
+        num_slots=resources.num_slots,
+        worker_start_s=worker_start_s,
+        store_bytes=0.0 if store is None else float(store.limit_bytes),
+        network_costs=network_costs,
+    )
+    if budget_s is not None:
+        num_trials = fitting_num_trials(sweep, setting, budget_s)
+        search = dataclasses.replace(sweep.search, num_trials=num_trials)
+        sweep = dataclasses.replace(sweep, search=search)
+    epochs, duration_s, outcomes = foretell(sweep, setting)
+    return Plan(
+        sweep=sweep,
+        num_slots=min(resources.num_slots, sweep.search.num_trials),
+        epochs=epochs,
+        duration_s=duration_s,
+        costs=costs,
+        num_train=setting.num_train,
+        num_val=setting.num_val,
+        disk_bytes=_disk_bytes(sweep, setting, outcomes, run.pack.path.stat().st_size),
+        num_gpus=_num_gpus(resources.whole, resources.num_slots),
+    )
+
+
+def kinds_of(sweep: Sweep) -> list[Kind]:
+    """Return every backbone and depth that a trial of the sweep may have, shallow ones first."""
+    domain = sweep.space.get("unfreeze_depth")
+    depths = {sweep.params.unfreeze_depth}
+    if isinstance(domain, Int):
+        depths |= set(range(domain.low, domain.high + 1))
+    elif isinstance(domain, Choice):
+        depths |= {int(str(value)) for value in domain.choices}
+    return [(backbone, depth) for depth in sorted(depths) for backbone in sweep.backbones]
+
+
+def foretell(sweep: Sweep, setting: Setting) -> tuple[Span, Span, list[Outcome]]:
+    """Return the epochs and seconds that a sweep takes in many simulations, and those."""
+    wanted = SIMULATED_TRIALS // sweep.search.num_trials
+    count = max(MIN_SIMULATIONS, min(NUM_SIMULATIONS, wanted))
+    outcomes = [Simulation(sweep, setting, number).run() for number in range(count)]
+    rng = np.random.default_rng(derive_seed("plan speed", sweep.seed))
+    speeds = np.exp(SPEED_SPREAD * rng.standard_normal(count))
+    durations = [
+        outcome.duration_s * speed for outcome, speed in zip(outcomes, speeds, strict=True)
+    ]
+    if sweep.search.time_budget_s is not None:
+        durations = [min(seconds, sweep.search.time_budget_s) for seconds in durations]
+    return _span([outcome.epochs for outcome in outcomes]), _span(durations), outcomes
+
+
+def fitting_num_trials(sweep: Sweep, setting: Setting, budget_s: float) -> int:
+    """Return the most trials whose duration's upper bound fits.
+
+    Raises:
+        InputError: If not even the baseline does.
+    """
+
+    def upper_s(num_trials: int) -> float:
+        # Without the guard, which would make everything fit.
+        search = dataclasses.replace(sweep.search, num_trials=num_trials, time_budget_s=None)
+        return foretell(dataclasses.replace(sweep, search=search), setting)[1].high
+
+    if upper_s(1) > budget_s:
+        raise InputError(
+            f"--budget must have room for one trial, which takes up to {in_words(upper_s(1))}; got "
+            f"{in_words(budget_s)}: give more, or lower training.max_epochs or data.image_size_px"
+        )
+    most = num_grid_points(sweep.space) if sweep.search.sampler == "grid" else MOST_TRIALS
+    fits, beyond = 1, 2
+    while beyond <= most and upper_s(beyond) <= budget_s:
+        fits, beyond = beyond, 2 * beyond
+    beyond = min(beyond, most + 1)
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        fits, beyond = (middle, beyond) if upper_s(middle) <= budget_s else (fits, middle)
+    return fits
+
+
+def _measure(
+    run: Run, scratch: str, whole: Mapping[str, float]
+) -> tuple[dict[Kind, KindCost], float]:
+    """Measure every kind of trial, on as many workers at once as run beside each other."""
+    kinds = kinds_of(run.sweep)
+    count = max(1, min(max_concurrent(whole), len(kinds), MOST_MEASURING))
+    task = ray.remote(num_cpus=whole["cpu"], num_gpus=whole["gpu"])(_answer)
+    shared = ray.put(run)
+    answers = ray.get([task.remote(shared, kinds[i::count], scratch) for i in range(count)])
+    costs: dict[Kind, KindCost] = {}
+    for _, found in answers:
+        costs.update(found)
+    return costs, max(seconds for seconds, _ in answers)
+
+
+def _answer(run: Run, kinds: Sequence[Kind], scratch: str) -> tuple[float, dict[Kind, KindCost]]:
+    """Measure in a worker; return the seconds that it took to get ready, too."""
+    import os
+    import time
+    from pathlib import Path
+
+    started_s, costs = measure_kinds(run, kinds, scratch)
+    ready_s = 0.0
+    try:
+        # Fields of proc_pid_stat(5): since the process began, in ticks since the system did.
+        began = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
+        age_s = up_s - began / os.sysconf("SC_CLK_TCK")
+        ready_s = max(0.0, age_s - (time.time() - started_s))
+    except (OSError, ValueError, IndexError):
+        pass  # not Linux: then a worker's start is left out
+    return ready_s, costs
+
+
+def _disk_bytes(
+    sweep: Sweep, setting: Setting, outcomes: Sequence[Outcome], pack_bytes: int
+) -> dict[str, float]:
+    kept = sweep.search.keep_trials + 1
+    largest = max(setting.costs.values(), key=lambda cost: cost.best_bytes)
+    # A running trial has its best and its last, and of each the one before.
+    running = setting.num_slots * 2 * (largest.best_bytes + largest.last_bytes)
+    return {
+        "features": float(np.quantile([o.feature_bytes for o in outcomes], QUANTILES[2])),
+        "checkpoints": float(min(kept, sweep.search.num_trials) * largest.best_bytes + running),
+        "images": float(pack_bytes),
+        "TensorBoard": float(BOARD_BYTES * min(kept, sweep.search.num_trials)),
+    }
+
+
+def _num_gpus(whole: Mapping[str, float], num_slots: int) -> float:
+    if not whole["gpu"]:
+        return 0.0
+    # Those that are shared are held whole.
+    return float(min(num_slots, max(1, round(ray.cluster_resources().get("GPU", 0.0)))))
+
+
+def _span(values: Sequence[float]) -> Span:
+    low, middle, high = (float(value) for value in np.quantile(values, QUANTILES))
+    return Span(low=low, middle=middle, high=high)

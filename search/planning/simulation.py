@@ -1,0 +1,213 @@
+"""A sweep played through: trials with plausible learning curves, the sweep's own ASHA, a clock."""
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from lightning_modules.seeds import derive_seed
+from lightning_modules.stages import NUM_STAGES
+from search.planning.kind_cost import Kind, KindCost
+from search.space import from_unit, to_unit
+from search.sweep import Sweep, TrialParams
+from search.tuning.scheduler import ResumableASHA
+
+# A sampler that learns is played by taking the best of several draws; of so many at most, at the
+# end of the sweep. How well it learns differs between simulations.
+MOST_DRAWS = 6
+
+# Learning curves: how fast trials rise, in epochs, how much an epoch's value is off, and how far
+# apart trials end.
+RISE_EPOCHS = (0.7, 4.0)
+NOISE = 0.02
+SPREAD = 0.08
+
+# What a worker adds to an epoch (Lightning, the report to the driver and its answer, TensorBoard),
+# and to a trial (Ray, the sampler): so much was left of recorded sweeps on 2 CPU cores.
+EPOCH_OVERHEAD_S = 0.2
+TRIAL_OVERHEAD_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a simulation needs to know besides the sweep.
+
+    Attributes:
+        costs: By kind of trial.
+        num_train: Images.
+        num_val: Images.
+        num_slots: Trials at a time.
+        worker_start_s: Before the first trial of each slot.
+        store_bytes: Room for features.
+        network_costs: By backbone, where the sweep has a cost as its second objective.
+    """
+
+    costs: Mapping[Kind, KindCost]
+    num_train: int
+    num_val: int
+    num_slots: int
+    worker_start_s: float
+    store_bytes: float
+    network_costs: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a simulated sweep took.
+
+    Attributes:
+        duration_s: Until its last trial ended.
+        epochs: Of all trials.
+        feature_bytes: In the store.
+    """
+
+    duration_s: float
+    epochs: int
+    feature_bytes: float
+
+
+class Simulation:
+    """One way that a sweep may go; the same for the same number.
+
+    Args:
+        sweep: Which one.
+        setting: What its trials take.
+        number: Of the simulation.
+    """
+
+    def __init__(self, sweep: Sweep, setting: Setting, number: int) -> None:
+        self.sweep = sweep
+        self.setting = setting
+        self._rng = np.random.default_rng(derive_seed("plan", sweep.seed, number))
+        self._scheduler: Any = ResumableASHA(sweep, (), setting.network_costs)
+        self._most_draws = (
+            1 if sweep.search.sampler in ("random", "grid") else self._rng.uniform(1, MOST_DRAWS)
+        )
+        # How good a place of the space is: a wave along each param, of its own length.
+        self._waves = {
+            name: (self._rng.normal(), self._rng.uniform(0, 2 * math.pi), self._rng.uniform(1, 5))
+            for name in sweep.space
+        }
+        self._stored: set[tuple[str, str, int, int]] = set()
+        self._stored_bytes = 0.0
+
+    def run(self) -> Outcome:
+        """Play the sweep through."""
+        sweep, setting = self.sweep, self.setting
+        # By time, then by number, which settles ties.
+        ahead: list[tuple[float, int, SimpleNamespace]] = []
+        num_started, epochs, now_s = 0, 0, 0.0
+
+        def start(when_s: float) -> None:
+            nonlocal num_started
+            if num_started < sweep.search.num_trials:
+                trial = self._draw(num_started)
+                num_started += 1
+                self._scheduler.on_trial_add(None, trial)
+                heapq.heappush(ahead, (self._starts_s(trial) + when_s, trial.number, trial))
+
+        for _ in range(setting.num_slots):
+            start(setting.worker_start_s)
+        while ahead:
+            now_s, _, trial = heapq.heappop(ahead)
+            if sweep.search.time_budget_s is not None and now_s > sweep.search.time_budget_s:
+                now_s = sweep.search.time_budget_s
+                break
+            epochs += 1
+            trial.epoch += 1
+            result = {"epoch": trial.epoch, sweep.metric: self._value(trial)}
+            action = self._scheduler.on_trial_result(None, trial, result)
+            if action == "STOP" or trial.epoch >= sweep.training.max_epochs:
+                start(now_s)
+            else:
+                when_s = now_s + self._epoch_s(trial)
+                heapq.heappush(ahead, (when_s, trial.number, trial))
+        return Outcome(duration_s=now_s, epochs=epochs, feature_bytes=self._stored_bytes)
+
+    def _draw(self, number: int) -> SimpleNamespace:
+        baseline = asdict(self.sweep.params)
+        if number == 0:
+            params, quality = baseline, self._quality(baseline)
+        else:
+            share = number / self.sweep.search.num_trials
+            draws = 1 + int(self._rng.random() + share * (self._most_draws - 1))
+            params, quality = max(
+                (self._anywhere(baseline) for _ in range(draws)), key=lambda found: found[1]
+            )
+        return SimpleNamespace(
+            trial_id=f"{number}",
+            number=number,
+            config={"number": number, "params": params},
+            quality=quality,
+            rise_epochs=self._rng.uniform(*RISE_EPOCHS),
+            epoch=0,
+        )
+
+    def _anywhere(self, baseline: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+        drawn = {
+            name: from_unit(domain, self._rng.random()) for name, domain in self.sweep.space.items()
+        }
+        params = {**baseline, **drawn}
+        return params, self._quality(params)
+
+    def _quality(self, params: Mapping[str, Any]) -> float:
+        found = sum(
+            height * math.sin(shift + length * to_unit(self.sweep.space[name], params[name]))
+            for name, (height, shift, length) in self._waves.items()
+        )
+        return float(found / math.sqrt(len(self._waves)))
+
+    def _value(self, trial: SimpleNamespace) -> float:
+        risen = 1 - math.exp(-trial.epoch / trial.rise_epochs)
+        value = 0.3 + 0.4 * risen + SPREAD * trial.quality + NOISE * float(self._rng.normal())
+        return value if self.sweep.mode == "max" else -value
+
+    def _starts_s(self, trial: SimpleNamespace) -> float:
+        """Return the seconds until a new trial's first report."""
+        cost: KindCost = self.setting.costs[kind_of(trial.config["params"])]
+        return cost.build_s + TRIAL_OVERHEAD_S + self._epoch_s(trial)
+
+    def _epoch_s(self, trial: SimpleNamespace) -> float:
+        """Return the seconds that a trial's next epoch takes."""
+        kind = kind_of(trial.config["params"])
+        cost, setting = self.setting.costs[kind], self.setting
+        return (
+            self._features_s(kind, "train", trial.epoch, setting.num_train)
+            + setting.num_train * cost.train_s
+            + self._features_s(kind, "val", 0, setting.num_val)
+            + setting.num_val * cost.val_s
+            + cost.save_s
+            + EPOCH_OVERHEAD_S
+        )
+
+    def _features_s(self, kind: Kind, split: str, epoch: int, num_images: int) -> float:
+        """Return the seconds that features take: to compute, or, once they are stored, to read."""
+        cost = self.setting.costs[kind]
+        cut = NUM_STAGES - kind[1]
+        # The images as they are do not depend on a trial's own strength of augmentation.
+        is_stored = cost.is_shared or (split == "val" and cost.feature_bytes > 0)
+        if not is_stored:
+            return num_images * cost.compute_s
+        if (kind[0], split, epoch, cut) in self._stored:
+            return num_images * cost.read_s / 2
+        room = num_images * cost.feature_bytes
+        if self._stored_bytes + room > self.setting.store_bytes:
+            return num_images * cost.compute_s
+        known_s = [
+            self.setting.costs[kind[0], NUM_STAGES - shallower].compute_s
+            for shallower in range(1, cut)
+            if (kind[0], split, epoch, shallower) in self._stored
+        ]
+        self._stored.add((kind[0], split, epoch, cut))
+        self._stored_bytes += room
+        return num_images * (max(0.0, cost.compute_s - max(known_s, default=0.0)) + cost.read_s)
+
+
+def kind_of(params: Mapping[str, Any] | TrialParams) -> Kind:
+    """Return a trial's backbone and depth."""
+    values = asdict(params) if isinstance(params, TrialParams) else params
+    return str(values["backbone"]), int(values["unfreeze_depth"])

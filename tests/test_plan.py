@@ -1,0 +1,274 @@
+"""What a sweep will take is foretold from measured steps and simulated trials."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY_SWEEP
+
+from lightning_modules.errors import InputError
+from search.cli import main
+from search.planning import simulation
+from search.planning.duration import in_words, parse_duration
+from search.planning.kind_cost import Kind, KindCost
+from search.planning.plan import fitting_num_trials, foretell, kinds_of
+from search.planning.simulation import Setting, Simulation
+from search.planning.words import compared, describe_space
+from search.results import open_sweep
+from search.space import Choice, Float, Int, Space
+from search.study.record import Record
+from search.sweep import (
+    DataSettings,
+    SchedulerSettings,
+    SearchSettings,
+    Sweep,
+    TrainingSettings,
+    TrialParams,
+)
+from search.tuning.forecast import Rung, forecast
+
+DEPTHS = range(6)
+
+
+def cost(**changes: float) -> KindCost:
+    """Whole seconds, so that sums can be checked by hand; no network is as slow."""
+    zero = dict.fromkeys((f.name for f in dataclasses.fields(KindCost)), 0.0)
+    return KindCost(**{**zero, "is_shared": False, **changes})  # type: ignore[arg-type]
+
+
+def setting(costs: dict[Kind, KindCost], num_slots: int = 1, **changes: float) -> Setting:
+    values = {"num_train": 10, "num_val": 2, "worker_start_s": 0.0, "store_bytes": 1e9}
+    return Setting(costs=costs, num_slots=num_slots, **{**values, **changes})  # type: ignore[arg-type]
+
+
+def sweep(
+    num_trials: int,
+    *,
+    max_epochs: int = 3,
+    scheduler: SchedulerSettings | None = None,
+    space: Space | None = None,
+    depth: int = 5,
+    sampler: str = "random",
+    mode: str = "val_macro_f1",
+) -> Sweep:
+    return Sweep(
+        name="planned",
+        metric=mode,
+        data=DataSettings(path="/nowhere"),
+        params=TrialParams(unfreeze_depth=depth),
+        space=space or {"dropout": Float(low=0.1, high=0.6)},
+        training=TrainingSettings(max_epochs=max_epochs),
+        search=SearchSettings(num_trials=num_trials, sampler=sampler),
+        scheduler=scheduler,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "EPOCH_OVERHEAD_S", 0.0)
+    monkeypatch.setattr(simulation, "TRIAL_OVERHEAD_S", 0.0)
+
+
+def test_a_trial_that_trains_everything_computes_every_epoch_anew() -> None:
+    costs = {("mobilenet_v2", 5): cost(build_s=5, compute_s=1, train_s=3, val_s=1, save_s=4)}
+    outcome = Simulation(sweep(2), setting(costs, worker_start_s=7), 0).run()
+    # An epoch: 10 images x (1 + 3), 2 x (1 + 1), and 4 to save.
+    assert outcome.duration_s == 7 + 2 * (5 + 3 * (40 + 4 + 4))
+    assert outcome.epochs == 6
+    assert outcome.feature_bytes == 0
+
+
+def test_features_are_computed_by_the_first_trial_at_each_epoch_and_read_by_the_next() -> None:
+    costs = {("mobilenet_v2", 0): cost(compute_s=10, is_shared=True, read_s=2, feature_bytes=8)}
+    outcome = Simulation(sweep(2, depth=0), setting(costs), 0).run()
+    # First trial, an epoch: 10 images computed and written, 10 + 2; validation, 2 images, once: 24.
+    first = 3 * 10 * 12 + 24 + 2 * 2 * 1  # in its other two epochs validation is read: 2 / 2 each
+    second = 3 * 10 * 1 + 3 * 2 * 1
+    assert outcome.duration_s == first + second
+    assert outcome.feature_bytes == (3 * 10 + 2) * 8
+
+
+def test_features_that_find_no_room_are_computed_by_every_trial() -> None:
+    costs = {("mobilenet_v2", 0): cost(compute_s=10, is_shared=True, read_s=2, feature_bytes=8)}
+    outcome = Simulation(sweep(2, depth=0), setting(costs, store_bytes=0), 0).run()
+    assert outcome.duration_s == 2 * 3 * (10 + 2) * 10
+    assert outcome.feature_bytes == 0
+
+
+def test_a_deeper_cut_starts_from_the_features_of_a_shallower_one() -> None:
+    deep = cost(compute_s=10, is_shared=True, feature_bytes=1)
+    shallow = cost(compute_s=4, is_shared=True, feature_bytes=1)
+    costs = {("mobilenet_v2", 0): deep, ("mobilenet_v2", 3): shallow}
+    played = Simulation(sweep(1, depth=0), setting(costs), 0)
+    assert played._features_s(("mobilenet_v2", 3), "train", 0, 10) == 40
+    assert played._features_s(("mobilenet_v2", 0), "train", 0, 10) == 60
+
+
+def test_as_many_slots_take_that_much_less_time() -> None:
+    costs = {("mobilenet_v2", 5): cost(train_s=1)}
+    durations = [
+        Simulation(sweep(6), setting(costs, num_slots=slots), 0).run().duration_s
+        for slots in (1, 2, 3, 6, 12)
+    ]
+    assert durations == [180, 90, 60, 30, 30]
+
+
+@pytest.mark.parametrize("metric", ["val_macro_f1", "val_loss"])
+def test_simulated_epochs_are_those_of_chance_where_the_sampler_does_not_learn(
+    metric: str,
+) -> None:
+    costs = {("mobilenet_v2", 5): cost(train_s=1)}
+    rules = SchedulerSettings(grace_period_epochs=3, reduction_factor=3)
+    searched = sweep(32, max_epochs=12, scheduler=rules, mode=metric)
+    epochs, _, _ = foretell(searched, setting(costs))
+    expected = forecast(
+        [Rung(epoch=3, num_values=0, cutoff=None), Rung(epoch=9, num_values=0, cutoff=None)],
+        epochs_done=[],
+        num_waiting=32,
+        max_epochs=12,
+        reduction_factor=3,
+    )
+    assert epochs.middle == pytest.approx(expected.epochs, rel=0.15)
+    assert 32 * 3 <= epochs.low < epochs.middle < epochs.high <= 32 * 12
+
+
+def test_a_sampler_that_learns_runs_more_epochs() -> None:
+    costs = {("mobilenet_v2", 5): cost(train_s=1)}
+    rules = SchedulerSettings(grace_period_epochs=1, reduction_factor=3)
+    learning, chance = (
+        foretell(sweep(24, max_epochs=9, scheduler=rules, sampler=name), setting(costs))[0]
+        for name in ("gp", "random")
+    )
+    assert learning.middle > chance.middle
+
+
+def test_a_plan_is_the_same_every_time() -> None:
+    costs = {("mobilenet_v2", 5): cost(train_s=1)}
+    searched = sweep(8, max_epochs=9, scheduler=SchedulerSettings(), sampler="gp")
+    assert foretell(searched, setting(costs)) == foretell(searched, setting(costs))
+
+
+def test_a_budget_gets_the_most_trials_whose_upper_bound_fits() -> None:
+    costs = {("mobilenet_v2", 5): cost(train_s=1)}
+    chosen = fitting_num_trials(sweep(4), setting(costs), 600.0)
+
+    def upper_s(num_trials: int) -> float:
+        return foretell(sweep(num_trials), setting(costs))[1].high
+
+    assert upper_s(chosen) <= 600 < upper_s(chosen + 1)
+    # Each takes 30 s, so that 20 would fit if that were certain.
+    assert 10 < chosen < 20
+
+
+def test_a_budget_that_has_no_room_for_a_trial_is_refused() -> None:
+    costs = {("mobilenet_v2", 5): cost(train_s=1)}
+    with pytest.raises(InputError, match=r"--budget must have room for one trial.*; got 10 s"):
+        fitting_num_trials(sweep(4), setting(costs), 10.0)
+
+
+def test_a_grid_is_not_planned_beyond_its_points() -> None:
+    costs = {("mobilenet_v2", 5): cost(train_s=1)}
+    grid = sweep(2, sampler="grid", space={"dropout": Choice(choices=(0.1, 0.2, 0.3))})
+    assert fitting_num_trials(grid, setting(costs), 1e6) == 3
+
+
+def test_every_kind_of_trial_that_the_space_has_is_measured() -> None:
+    space: Space = {
+        "backbone": Choice(choices=("mobilenet_v2", "resnet50")),
+        "unfreeze_depth": Int(low=0, high=1),
+    }
+    assert kinds_of(sweep(2, space=space, depth=1)) == [
+        ("mobilenet_v2", 0),
+        ("resnet50", 0),
+        ("mobilenet_v2", 1),
+        ("resnet50", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("30m", 1800), ("1.5h", 5400), ("90s", 90), ("1 m", 60)]
+)
+def test_a_time_is_read_as_written(text: str, seconds: float) -> None:
+    assert parse_duration(text, "--budget") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "h", "-2h", "0s", "0.5s", "2 days", "1e9h", "nan h"])
+def test_a_time_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--budget must be a time of a second or more"):
+        parse_duration(text, "--budget")
+
+
+def test_times_are_told_in_one_unit() -> None:
+    told = [in_words(seconds) for seconds in (0.04, 42, 1320, 9000, 400000)]
+    assert told == ["0.04 s", "42 s", "22 min", "2.5 h", "4.6 days"]
+
+
+def test_a_space_is_told_in_words() -> None:
+    space: Space = {
+        "backbone": Choice(choices=("mobilenet_v2", "resnet50")),
+        "unfreeze_depth": Int(low=0, high=5),
+        "lr": Float(low=1e-4, high=1e-2, log=True),
+    }
+    assert describe_space(sweep(1, space=space)) == (
+        "backbone one of mobilenet_v2, resnet50; unfreeze_depth 0 to 5; "
+        "lr 0.0001 to 0.01, by factors"
+    )
+
+
+def test_forecast_and_actual_stand_beside_each_other() -> None:
+    told = {
+        "duration_s": {"low": 600, "middle": 1200, "high": 1800},
+        "epochs": {"low": 40, "middle": 50, "high": 60},
+    }
+    assert compared(told, {"duration_s": 1500, "epochs": 55}) == (
+        "forecast 20 min [10 min, 30 min], epochs 50 [40, 60]; actual 25 min (+25%), epochs 55"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--budget", "soon"], "--budget must be a time of a second or more"),
+        (["--budget", "2h", "--set", "search.num_trials=4"], "got search.num_trials too"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(TINY_SWEEP)
+    storage = tmp_path / "sweeps"
+    with pytest.raises(SystemExit) as end:
+        main(["launch", str(tmp_path / "sweep.yaml"), "--storage", str(storage), *more])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not storage.exists()
+
+
+@pytest.mark.slow
+def test_a_launch_records_its_forecast_beside_what_became_of_it(tiny_sweeps: Path) -> None:
+    record = Record.open(open_sweep("tiny", tiny_sweeps))
+    told, actual = record.facts["forecast"], record.facts["actual"]
+    assert told["num_trials"] == 4
+    assert told["num_slots"] == 2
+    # Three epochs each; the first trials are not stopped.
+    assert 4 <= told["epochs"]["low"] <= told["epochs"]["high"] <= 12
+    assert 0 < told["duration_s"]["low"] < told["duration_s"]["high"]
+    assert actual["epochs"] == sum(len(trial.epochs) for trial in record.trials())
+    assert actual["duration_s"] > 0
+    json.dumps(told)
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_to_expect_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(TINY_SWEEP)
+    storage = tmp_path / "sweeps"
+    main(["plan", str(tmp_path / "sweep.yaml"), "--storage", str(storage)])
+    told = capsys.readouterr().out
+    assert "space   lr 0.0001 to 0.1, by factors" in told
+    assert "plan    4 trials, 2 at a time; epochs " in told
+    assert " of 12 possible" in told
+    assert "mobilenet_v2       0" in told
+    assert list(storage.iterdir()) == []
