@@ -18,8 +18,8 @@ from lightning_modules.scores import NUM_BINS, reliability, score_calibration
 
 Pixels = npt.NDArray[np.uint8]
 
-# Of an image beside its map: a sheet of eight pairs takes less than 350 KiB as PNG.
-PAIR_SIDE_PX = 128
+# Of an image beside its map: a sheet of eight pairs takes less than 600 KiB as PNG, even of noise.
+PAIR_SIDE_PX = 112
 CAPTION_PX = 18
 
 

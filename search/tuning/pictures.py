@@ -36,8 +36,8 @@ NUM_VIEWS = 16
 MAX_IMAGES = 512
 BATCH_SIZE = 64
 
-# 16 noisy views of this side take 110 KiB as PNG: a run stays below 1 MB at any image size.
-MAX_VIEW_PX = 96
+# 16 views of this side take at most 100 KiB as PNG: a run stays below 1 MB at any image size.
+MAX_VIEW_PX = 80
 
 # Marks the event files that are written here, to be found again.
 FILE_SUFFIX = ".pictures"

@@ -245,7 +245,7 @@ def duration(seconds: float) -> str:
 
     Example:
         >>> [duration(seconds) for seconds in (0.4, 89, 150, 7000, 200_000)]
-        ['0 s', '89 s', '2 min', '1 h 57 min', '2 d 8 h']
+        ['0 s', '89 s', '2 min', '1 h 56 min', '2 d 7 h']
     """
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -26,7 +26,8 @@ CURVES = (
 )
 
 # Drawing a confusion matrix takes as long as an epoch on cached features: only trials that take
-# minutes draw any. Those that are kept are drawn when the sweep has ended, see ``pictures``.
+# minutes draw any, each time after twice as long, for each takes 20 KiB. Those that are kept are
+# drawn when the sweep has ended, see ``pictures``.
 REDRAW_S = 60.0
 CONFUSION_TAG = "pictures/confusion matrix"
 
@@ -66,6 +67,7 @@ class TrialBoard(pl.Callback):
         # A confusion matrix that is better than the one that was drawn last, and when that was.
         self.undrawn: tuple[npt.NDArray[np.integer], int] | None = None
         self.drawn_s = time.monotonic()
+        self.redraw_s = REDRAW_S
         self.file = self.writer._get_file_writer()
         # By name: two trials of the same params are two.
         self.file.add_summary(hp.hparams_pb(params, trial_id=name))
@@ -87,7 +89,7 @@ class TrialBoard(pl.Callback):
                 if name == self.metric:
                     self.undrawn = confusion_of(pl_module).numpy(), step
             self.writer.add_scalar(f"best/{name}", self.best[name], step)
-        if self.undrawn is not None and time.monotonic() - self.drawn_s > REDRAW_S:
+        if self.undrawn is not None and time.monotonic() - self.drawn_s > self.redraw_s:
             # Most trials draw nothing, and need not import matplotlib.
             from search.tuning.figures import draw_confusion
 
@@ -95,6 +97,7 @@ class TrialBoard(pl.Callback):
             image = draw_confusion(counts, self.classes)
             self.writer.add_image(CONFUSION_TAG, image, best_step)
             self.drawn_s = time.monotonic()
+            self.redraw_s *= 2
             self.undrawn = None
         self.writer.flush()
 
