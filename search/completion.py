@@ -62,7 +62,7 @@ def script_for(shell: str) -> str:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     # Its annotation says text; it documents, and takes, one text a shell.
     preamble: Any = PREAMBLE
-    return shtab.complete(whole, shell=shell, preamble=preamble)
+    return shtab.complete(whole, shell, preamble=preamble)
 
 
 def _actions(below: argparse.ArgumentParser) -> Iterator[argparse.Action]:
