@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from search.cli import _parser
+from search.cli import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
@@ -144,7 +144,7 @@ def test_the_commands_in_the_files_are_ours(name: str, num_commands: int) -> Non
     commands = commands_in(CLUSTER / name)
     assert len(commands) == num_commands
     for command in commands:
-        options = _parser().parse_args(command)
+        options = parser().parse_args(command)
         assert options.address == "auto"
 
 
@@ -156,7 +156,7 @@ def test_the_batch_script_is_sound_bash() -> None:
         "resume NAME --storage STORAGE --address H:1",
         "launch S --name NAME --storage STORAGE --address H:1 --data D",
     ):
-        _parser().parse_args(command.split())
+        parser().parse_args(command.split())
     assert script.read_text().index("set -euo pipefail") > script.read_text().rindex("#SBATCH")
 
 
