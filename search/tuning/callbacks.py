@@ -1,8 +1,12 @@
 """What a trial does at the end of each epoch: checkpoints, curves, and one report to Ray Tune."""
 
+import errno
+import logging
 import math
+import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from lightning_modules.feature_cache import FeatureCache
 from search.study.recorded import CheckpointFile
 from search.tuning.checkpoint import AtomicCheckpointIO
 from search.tuning.figures import draw_confusion, tile
+from search.tuning.patience import patiently
 
 CURVES = (
     "train_loss",
@@ -138,12 +143,21 @@ class ReportEpoch(pl.Callback):
         self, trainer: pl.Trainer, stem: str, epoch: int, *, weights_only: bool
     ) -> CheckpointFile:
         path = self.trial_folder / f"{stem}-a{self.attempt}.ckpt"
-        trainer.save_checkpoint(path, weights_only=weights_only)
+        # Another trial's epoch tells the user, and so does this one's end.
+        patiently(
+            lambda: self._write(trainer, path, weights_only=weights_only),
+            (OSError,),
+            tell=logging.getLogger(__name__).warning,
+        )
         return CheckpointFile(
             path=path.relative_to(self.folder).as_posix(),
             digest=self.checkpoint_io.last_digest,
             epoch=epoch,
         )
+
+    def _write(self, trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
+        path.parent.mkdir(exist_ok=True)
+        trainer.save_checkpoint(path, weights_only=weights_only)
 
 
 class TensorBoardCurves(pl.Callback):
@@ -170,9 +184,7 @@ class TensorBoardCurves(pl.Callback):
         metric: str,
         resume: dict[str, Any] | None,
     ) -> None:
-        # What an interrupted attempt wrote of the epoch that is repeated is dropped.
-        purge_step = None if resume is None else resume["last"]["epoch"] + 1
-        self.writer = SummaryWriter(str(log_dir), purge_step=purge_step)
+        self.log_dir = log_dir
         self.classes = classes
         self.metric = metric
         self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
@@ -180,11 +192,25 @@ class TensorBoardCurves(pl.Callback):
         self.undrawn: tuple[npt.NDArray[np.integer], int] | None = None
         self.drawn_s = time.monotonic()
         best_tags = {f"best/{name}": 0.0 for name in BEST_OF}
-        experiment, start, self.end = hparams(params, best_tags)
+        self.hparams = hparams(params, best_tags)
+        # What an interrupted attempt wrote of the epoch that is repeated is dropped.
+        purge_step = None if resume is None else resume["last"]["epoch"] + 1
+        self._patiently(lambda: self._open(purge_step))
+
+    def _open(self, purge_step: int | None) -> None:
+        if not self.log_dir.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.log_dir))
+        self.writer = SummaryWriter(str(self.log_dir), purge_step=purge_step)
+        experiment, start, self.end = self.hparams
         self.file = self.writer._get_file_writer()
         self.file.add_summary(experiment)
         self.file.add_summary(start)
         self.writer.flush()
+
+    def _patiently(
+        self, write: Callable[[], None], reopen: Callable[[], None] = lambda: None
+    ) -> None:
+        patiently(write, (OSError,), tell=logging.getLogger(__name__).warning, reopen=reopen)
 
     def on_train_batch_end(
         self,
@@ -206,6 +232,12 @@ class TensorBoardCurves(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the curves, the best values so far, and the best epoch's confusion matrix."""
         step = trainer.current_epoch + 1
+        # A writer that has failed once fails for ever.
+        self._patiently(
+            lambda: self._write_epoch(trainer, pl_module, step), reopen=lambda: self._open(step)
+        )
+
+    def _write_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         metrics = epoch_metrics(trainer, pl_module)
         for name in CURVES:
             self.writer.add_scalar(name, metrics[name], step)
