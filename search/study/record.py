@@ -6,11 +6,14 @@ sweep consists of is said by ``Sweep``; who runs it, by ``tuner``.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -116,6 +119,17 @@ class Record:
         """Make many commits cheap for as long as this process runs the sweep."""
         with write_ahead(self._storage):
             yield
+
+    def reopen(self) -> None:
+        """Let go of connections that storage may have broken; the next use opens new ones.
+
+        Raises:
+            FileNotFoundError: If the study's file is not there: SQLite would make an empty one.
+        """
+        self._storage.engine.dispose()
+        path = self._storage.engine.url.database
+        if self._storage.engine.name == "sqlite" and not Path(path or "").is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
     def add_fact(self, name: str, value: Any) -> None:
         """Record something that holds for the whole sweep and is known only once it runs."""

@@ -49,6 +49,9 @@ class _Put:
 
 
 INSERT_TRIAL = insert(TRIALS)
+FIND_TRIAL = select(TRIALS.c.trial_id).where(
+    TRIALS.c.number == bindparam("number"), TRIALS.c.study_id == bindparam("study_id")
+)
 INSERT_PARAM = insert(PARAMS)
 PUT_USER_ATTRIBUTE = _Put(USER_ATTRIBUTES, "trial_id", "key")
 PUT_INTERMEDIATE_VALUE = _Put(INTERMEDIATE_VALUES, "trial_id", "step")
@@ -124,8 +127,15 @@ class StudyTables:
         user_attributes: Mapping[str, Any],
         system_attributes: Mapping[str, Any],
     ) -> int:
-        """Add a running trial; return its id."""
+        """Add a running trial; return its id.
+
+        One that is there already was added by a commit whose answer got lost.
+        """
         with self._engine.begin() as connection:
+            there = connection.execute(FIND_TRIAL, {"number": number, "study_id": self._study_id})
+            found = there.scalar()
+            if found is not None:
+                return int(found)
             row = {
                 "number": number,
                 "study_id": self._study_id,

@@ -1,5 +1,6 @@
 """What a trial does at the end of each epoch: checkpoints, and one report to Ray Tune."""
 
+import logging
 import math
 import socket
 import time
@@ -15,6 +16,7 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.feature_cache import FeatureCache
 from search.study.recorded import CheckpointFile
 from search.tuning.checkpoint import AtomicCheckpointIO
+from search.tuning.patience import patiently
 
 Report = Callable[[dict[str, Any]], object]
 
@@ -125,12 +127,21 @@ class ReportEpoch(pl.Callback):
         self, trainer: pl.Trainer, stem: str, epoch: int, *, weights_only: bool
     ) -> CheckpointFile:
         path = self.trial_folder / f"{stem}-a{self.attempt}.ckpt"
-        trainer.save_checkpoint(path, weights_only=weights_only)
+        # Another trial's epoch tells the user, and so does this one's end.
+        patiently(
+            lambda: self._write(trainer, path, weights_only=weights_only),
+            (OSError,),
+            tell=logging.getLogger(__name__).warning,
+        )
         return CheckpointFile(
             path=path.relative_to(self.folder).as_posix(),
             digest=self.checkpoint_io.last_digest,
             epoch=epoch,
         )
+
+    def _write(self, trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
+        path.parent.mkdir(exist_ok=True)
+        trainer.save_checkpoint(path, weights_only=weights_only)
 
 
 def confusion_of(module: pl.LightningModule) -> Tensor:

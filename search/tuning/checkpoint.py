@@ -31,13 +31,15 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint to a temporary name, fsync it, and rename it."""
+        """Write a checkpoint to a temporary name, fsync it, and rename it.
+
+        Its folder has to be there: one that has vanished must not be made anew beneath a mount.
+        """
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         content = buffer.getbuffer()
         self.last_digest = hashlib.sha256(content).hexdigest()
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, content)
         _fsync_folder(target.parent)
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# What the operating system says when it is the storage's fault and not the trial's: no space left,
-# read-only, not permitted, quota used up.
-STORAGE_FAULTS = ("[Errno 28]", "[Errno 30]", "[Errno 13]", "[Errno 122]")
+from search.tuning.patience import STORAGE_FAULTS, StorageGoneError
 
 # How often a trial is started again whose worker was lost.
 MAX_RESTARTS = 3
@@ -60,7 +58,7 @@ def read_fault(ray_trial: Any) -> Fault:
     said = [line for line in after.splitlines()[bool(frames) :] if line[:1].strip()]
     reason = (said or ["it failed"])[0][:500]
     kind: Literal["storage", "memory", "trial"] = "trial"
-    if any(fault in reason for fault in STORAGE_FAULTS):
+    if any(fault in reason for fault in (*STORAGE_FAULTS, StorageGoneError.__name__)):
         kind = "storage"
     elif _is_out_of_memory(reason):
         kind = "memory"

@@ -4,8 +4,8 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 from ray.tune import Callback, Stopper
@@ -17,7 +17,10 @@ from search.study.recorded import CheckpointFile, Epoch, Trial
 from search.study.storage import STORAGE_ERRORS
 from search.tuning.checkpoint_files import remove_all_but
 from search.tuning.faults import MAX_RESTARTS, Fault, read_fault
+from search.tuning.patience import patiently, said_by
 from search.tuning.scheduler import ResumableASHA
+
+Result = TypeVar("Result")
 
 
 class StudyRecorder(Callback):
@@ -75,13 +78,17 @@ class StudyRecorder(Callback):
         """Tell whether trials are to end where they stand, to be resumed later."""
         return bool(self.storage_error or self.bug)
 
-    @contextlib.contextmanager
-    def storage_guard(self) -> Iterator[None]:
-        """Turn what a full or vanished storage raises into the end of the sweep."""
+    def store(self, action: Callable[[], Result]) -> Result | None:
+        """Return what an action on the record returns; none if storage is full or does not answer.
+
+        That is the end of the sweep. Storage that has vanished is waited for first.
+        """
+        errors = (OSError, *STORAGE_ERRORS)
         try:
-            yield
-        except (OSError, *STORAGE_ERRORS) as error:
-            self.storage_error = (str(error.__cause__ or error).splitlines() or [""])[0]
+            return patiently(action, errors, tell=self._tell, reopen=self._record.reopen)
+        except errors as error:
+            self.storage_error = said_by(error)
+            return None
 
     def take_up(self) -> list[Trial]:
         """Bring the record in order after a kill; return the trials to run again.
@@ -135,11 +142,12 @@ class StudyRecorder(Callback):
             ran_on=result["ran_on"],
             micro_batch_size=result.get("micro_batch_size"),
         )
-        with self.storage_guard():
-            self._record.add_epoch(number, epoch)
-            if stopped:
-                self.open.discard(number)
-                self._retain(number, epoch.best)
+        self.store(lambda: self._record.add_epoch(number, epoch))
+        if self.storage_error:
+            return
+        if stopped:
+            self.open.discard(number)
+            self._retain(number, epoch.best)
         self._has_report = True
         self.settle()
 
@@ -156,8 +164,7 @@ class StudyRecorder(Callback):
             self._run_again(number, fault)
         elif fault.kind == "trial" and not self._has_report:
             alike = [other for other in self._unsettled.values() if other.place == fault.place]
-            with self.storage_guard():
-                self._record.add_fault(number, fault.reason)
+            self.store(lambda: self._record.add_fault(number, fault.reason))
             self._unsettled[number] = fault
             if alike:
                 self.bug = fault
@@ -172,17 +179,19 @@ class StudyRecorder(Callback):
                 self._fail(number, fault.reason)
 
     def _run_again(self, number: int, fault: Fault) -> None:
-        with self.storage_guard():
-            num_lost = len(self._record.trial(number).faults)
-            if num_lost >= MAX_RESTARTS:
-                self._fail(number, f"{fault.reason}; so were {num_lost} others before")
-                return
-            self._record.add_fault(number, fault.reason)
+        trial = self.store(lambda: self._record.trial(number))
+        if trial is None:
+            return
+        num_lost = len(trial.faults)
+        if num_lost >= MAX_RESTARTS:
+            self._fail(number, f"{fault.reason}; so were {num_lost} others before")
+        else:
+            self.store(lambda: self._record.add_fault(number, fault.reason))
             self.again.append(number)
 
     def _fail(self, number: int, reason: str) -> None:
-        with self.storage_guard():
-            self._record.finish(number, "failed", reason)
+        self.store(lambda: self._record.finish(number, "failed", reason))
+        if not self.storage_error:
             self._retain(number, None)
 
     def _retain(self, number: int, best: CheckpointFile | None) -> None:

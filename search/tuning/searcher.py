@@ -31,23 +31,15 @@ class StudySearcher(Searcher):
         super().__init__(metric=record.sweep.metric, mode=record.sweep.mode)
         self._record = record
         self._recorder = recorder
-        self._unfinished = deque(unfinished)
+        self._unfinished = deque(trial.number for trial in unfinished)
 
     def suggest(self, trial_id: str) -> Any:
         """Return what a worker needs to run the next trial, or that there is none.
 
         None for now while trials run, since one of them may have to be run again.
         """
-        recorder, trial = self._recorder, None
-        with recorder.storage_guard():
-            if recorder.is_over():
-                pass
-            elif recorder.again:
-                trial = self._record.restart(recorder.again.popleft())
-            elif self._unfinished:
-                trial = self._record.restart(self._unfinished.popleft().number)
-            elif self._record.num_trials < self._record.sweep.search.num_trials:
-                trial = self._record.draw()
+        recorder = self._recorder
+        trial = None if recorder.is_over() else recorder.store(self._next)
         if trial is None:
             return None if recorder.open and not recorder.is_over() else Searcher.FINISHED
         recorder.open.add(trial.number)
@@ -60,6 +52,16 @@ class StudySearcher(Searcher):
             "attempt": trial.attempt,
             "resume": self._resume_point(trial),
         }
+
+    def _next(self) -> Trial | None:
+        for waiting in (self._recorder.again, self._unfinished):
+            if waiting:
+                trial = self._record.restart(waiting[0])
+                waiting.popleft()
+                return trial
+        if self._record.num_trials < self._record.sweep.search.num_trials:
+            return self._record.draw()
+        return None
 
     def _resume_point(self, trial: Trial) -> dict[str, Any] | None:
         sweep = self._record.sweep

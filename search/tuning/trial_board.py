@@ -1,7 +1,11 @@
 """A trial's TensorBoard run, as its worker writes it: params and curves."""
 
+import errno
+import logging
 import math
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard import SummaryWriter
 
 from search.tuning.callbacks import BEST_OF, confusion_of, epoch_metrics
+from search.tuning.patience import patiently
 
 CURVES = (
     "train_loss",
@@ -58,9 +63,7 @@ class TrialBoard(pl.Callback):
         metric: str,
         resume: dict[str, Any] | None,
     ) -> None:
-        # What an interrupted attempt wrote of the epoch that is repeated is dropped.
-        purge_step = None if resume is None else resume["last"]["epoch"] + 1
-        self.writer = SummaryWriter(str(log_dir), purge_step=purge_step)
+        self.log_dir = log_dir
         self.classes = classes
         self.metric = metric
         self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
@@ -68,14 +71,34 @@ class TrialBoard(pl.Callback):
         self.undrawn: tuple[npt.NDArray[np.integer], int] | None = None
         self.drawn_s = time.monotonic()
         self.redraw_s = REDRAW_S
-        self.file = self.writer._get_file_writer()
         # By name: two trials of the same params are two.
-        self.file.add_summary(hp.hparams_pb(params, trial_id=name))
+        self.hparams = hp.hparams_pb(params, trial_id=name)
+        # What an interrupted attempt wrote of the epoch that is repeated is dropped.
+        purge_step = None if resume is None else resume["last"]["epoch"] + 1
+        self._patiently(lambda: self._open(purge_step))
+
+    def _open(self, purge_step: int | None) -> None:
+        if not self.log_dir.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.log_dir))
+        self.writer = SummaryWriter(str(self.log_dir), purge_step=purge_step)
+        self.file = self.writer._get_file_writer()
+        self.file.add_summary(self.hparams)
         self.writer.flush()
+
+    def _patiently(
+        self, write: Callable[[], None], reopen: Callable[[], None] = lambda: None
+    ) -> None:
+        patiently(write, (OSError,), tell=logging.getLogger(__name__).warning, reopen=reopen)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the curves and the best values so far."""
         step = trainer.current_epoch + 1
+        # A writer that has failed once fails for ever.
+        self._patiently(
+            lambda: self._write_epoch(trainer, pl_module, step), reopen=lambda: self._open(step)
+        )
+
+    def _write_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         metrics = epoch_metrics(trainer, pl_module)
         for name in CURVES:
             self.writer.add_scalar(name, metrics[name], step)

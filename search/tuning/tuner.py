@@ -371,6 +371,9 @@ def run_trials(
     remaining = len(unfinished) + sweep.search.num_trials - record.num_trials
     if remaining <= 0:
         return
+    for name in ("trials", "tensorboard"):
+        # Here alone: a worker that made them would write beneath a mount that is gone.
+        (sweep.folder / name).mkdir(exist_ok=True)
     progress = Progress(record, scheduler, as_json=as_json)
     with (
         record.being_written(),
