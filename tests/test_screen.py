@@ -104,9 +104,11 @@ def test_a_larger_terminal_shows_more_trials_and_their_params(busy: Standing) ->
 
 
 def test_what_was_printed_meanwhile_cannot_steer_the_terminal() -> None:
-    messages = Messages()
+    shown: list[int] = []
+    messages = Messages(lambda: shown.append(len(messages.lines)))
     print("a \x1b[2Jwarning", file=messages)
     print("begun", end="", file=messages)
+    assert shown[-1] == 1  # at once
     assert messages.take() == ["a  [2Jwarning", "begun"]
     assert messages.take() == []
 

@@ -110,7 +110,6 @@ def test_a_resumed_sweep_goes_on_where_its_curves_end(tmp_path: Path) -> None:
     board.start()
     play(standing, board, clock, 0, 0.5)
     board.close()
-    time.sleep(1.1)  # event files are named after the second
     # What the record holds is what this standing knows; the clock of a new process starts anew.
     standing._start_s = clock()
     again = SweepBoard(standing)

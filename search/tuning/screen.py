@@ -3,8 +3,10 @@
 import contextlib
 import io
 import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -17,6 +19,9 @@ from search.tuning.lines import ending, shown
 from search.tuning.standing import RunningTrial, Standing
 
 REDRAW_S = 0.5
+
+# Whoever prints a thousand lines does not cause a thousand drawings.
+NOTICE_S = 0.1
 
 # Screens lower than this have no blank lines, and no hint.
 ROOMY_LINES = 20
@@ -49,9 +54,10 @@ class Screen:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._messages = Messages()
+        self._messages = Messages(self._notice)
         self._aside = contextlib.ExitStack()
         self._drawn_s = 0.0
+        self._noticed_s = 0.0
 
     def start(self) -> None:
         """Put the screen up."""
@@ -75,6 +81,13 @@ class Screen:
         for line in self._messages.take():
             print(line, file=sys.stderr)
 
+    def _notice(self) -> None:
+        """Show a message at once: after Ctrl-C, Ray's loop is left and does not come by again."""
+        in_loop = threading.current_thread() is threading.main_thread()
+        if in_loop and time.monotonic() - self._noticed_s >= NOTICE_S:
+            self._noticed_s = time.monotonic()
+            self._draw()
+
     def _draw(self) -> None:
         if not self._live.is_started:
             return
@@ -87,11 +100,15 @@ class Screen:
 class Messages(io.TextIOBase):
     """Stands in for standard output and error, and keeps the last lines.
 
+    Args:
+        on_line: Called after each write of a whole line.
+
     Attributes:
         lines: Whole lines, oldest first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_line: Callable[[], None]) -> None:
+        self._on_line = on_line
         self.lines: deque[str] = deque(maxlen=MAX_MESSAGES)
         self._begun = ""
 
@@ -99,6 +116,8 @@ class Messages(io.TextIOBase):
         """Keep whole lines, without blank ones."""
         *whole, self._begun = (self._begun + text).split("\n")
         self.lines.extend(printable(line.rstrip()) for line in whole if line.strip())
+        if whole:
+            self._on_line()
         return len(text)
 
     def take(self) -> list[str]:
