@@ -266,10 +266,6 @@ def _finish(console: Console, record: Any, bundle: Path | None) -> None:
 def _print_end(console: Console, record: Any, *, elapsed_s: float) -> int:
     """Say what was run; return what to exit with: not 0 if the sweep did not come to its end."""
     sweep, trials = record.sweep, record.trials()
-    if "actual" in record.facts:
-        from search.planning.words import compared
-
-        console.print(compared(record.facts["forecast"], record.facts["actual"]), soft_wrap=True)
     run_epochs = sum(len(trial.epochs) for trial in trials)
     possible = sweep.search.num_trials * sweep.training.max_epochs
     console.print(

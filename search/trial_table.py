@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from search.planning.span import compare_with_actual
 from search.results import rank, verdict
 from search.study.record import Record
 from search.study.recorded import Trial
@@ -50,6 +51,9 @@ def print_trials(console: Console, record: Record, *, num_rows: int) -> None:
         console.print(
             f"launched with {facts['leakage']['pictures']} pictures in two splits: scores flatter"
         )
+    forecast = compare_with_actual(facts)
+    if forecast is not None:
+        console.print(forecast, soft_wrap=True)
     confirmation = facts.get("confirmation")
     if confirmation is not None:
         console.print(verdict(confirmation), soft_wrap=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import optuna
 import pytest
 from conftest import TINY_SWEEP
 
@@ -14,7 +15,8 @@ from search.planning.duration import in_words, parse_duration
 from search.planning.kind_cost import Kind, KindCost
 from search.planning.plan import fitting_num_trials, foretell, kinds_of
 from search.planning.simulation import Setting, Simulation
-from search.planning.words import compared, describe_space
+from search.planning.span import compare_with_actual
+from search.planning.words import describe_space
 from search.results import open_sweep
 from search.space import Choice, Float, Int, Space
 from search.study.record import Record
@@ -221,7 +223,9 @@ def test_forecast_and_actual_stand_beside_each_other() -> None:
         "duration_s": {"low": 600, "middle": 1200, "high": 1800},
         "epochs": {"low": 40, "middle": 50, "high": 60},
     }
-    assert compared(told, {"duration_s": 1500, "epochs": 55}) == (
+    actual = {"duration_s": 1500, "epochs": 55}
+    assert compare_with_actual({"forecast": told}) is None
+    assert compare_with_actual({"forecast": told, "actual": actual}) == (
         "forecast 20 min [10 min, 30 min], epochs 50 [40, 60]; actual 25 min (+25%), epochs 55"
     )
 
@@ -272,3 +276,18 @@ def test_a_plan_says_what_to_expect_and_leaves_nothing(
     assert " of 12 possible" in told
     assert "mobilenet_v2       0" in told
     assert list(storage.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_budget_without_room_for_one_trial_is_refused_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    (tmp_path / "sweep.yaml").write_text(f"{TINY_SWEEP}study_url: {url}\n")
+    storage = tmp_path / "sweeps"
+    with pytest.raises(SystemExit) as end:
+        main(["launch", str(tmp_path / "sweep.yaml"), "--storage", str(storage), "--budget", "1s"])
+    assert end.value.code == 2
+    assert "--budget must have room for one trial, which takes up to " in capsys.readouterr().err
+    assert list(storage.iterdir()) == []
+    assert optuna.study.get_all_study_names(url) == []

@@ -18,7 +18,7 @@ name: replayed
 data: {phantom: {num_patients: 25, slices_per_patient: 2, image_size_px: 32}, image_size_px: 32}
 weights: random
 params: {backbone: mobilenet_v2, unfreeze_depth: 3, batch_size: 8}
-space: {dropout: {low: 0.1, high: 0.6}, unfreeze_depth: {low: 0, high: 2}}
+space: {dropout: {low: 0.1, high: 0.6}, unfreeze_depth: {low: 0, high: 3}}
 training: {max_epochs: 2, precision: 32-true}
 search: {num_trials: 2, max_concurrent_trials: 2, sampler: random, keep_trials: 1}
 scheduler: null

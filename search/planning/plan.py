@@ -13,6 +13,7 @@ from lightning_modules.seeds import derive_seed
 from search.planning.duration import in_words
 from search.planning.kind_cost import Kind, KindCost, measure_kinds
 from search.planning.simulation import Outcome, Setting, Simulation
+from search.planning.span import Span
 from search.samplers.sampler import num_grid_points
 from search.space import Choice, Int
 from search.sweep import Sweep
@@ -38,15 +39,6 @@ MOST_MEASURING = 16
 BOARD_BYTES = 300 * 1024
 
 MOST_TRIALS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """A low value, one in the middle, and a high one: nine in ten lie between the outer two."""
-
-    low: float
-    middle: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)

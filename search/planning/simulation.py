@@ -163,8 +163,10 @@ class Simulation:
 
     def _value(self, trial: SimpleNamespace) -> float:
         risen = 1 - math.exp(-trial.epoch / trial.rise_epochs)
-        value = 0.3 + 0.4 * risen + SPREAD * trial.quality + NOISE * float(self._rng.normal())
-        return float(value if self.sweep.mode == "max" else -value)
+        value: float = (
+            0.3 + 0.4 * risen + SPREAD * trial.quality + NOISE * float(self._rng.normal())
+        )
+        return value if self.sweep.mode == "max" else -value
 
     def _starts_s(self, trial: SimpleNamespace) -> float:
         """Return the seconds until a new trial's first report."""

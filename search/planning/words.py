@@ -1,14 +1,11 @@
 """A plan for people: three lines at a launch, a table for who asks."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from search.planning.duration import in_words
-from search.planning.plan import Plan, Span
+from search.planning.plan import Plan
 from search.space import Choice, Domain, Int
 from search.sweep import Sweep
 
@@ -26,8 +23,8 @@ def lines_of(plan: Plan) -> list[str]:
     memory = f"; memory up to {_size(peak_bytes)} a trial" if peak_bytes else ""
     return [
         f"plan    {search.num_trials} trials, {plan.num_slots} at a time; epochs "
-        f"{_counts(plan.epochs)} of {possible} possible",
-        f"        {_times(plan.duration_s)}{_price(plan)}; an epoch takes "
+        f"{plan.epochs.as_counts()} of {possible} possible",
+        f"        {plan.duration_s.as_times()}{_price(plan)}; an epoch takes "
         f"{in_words(plan.epoch_s(fastest)[1])} ({_kind(fastest)}) to "
         f"{in_words(plan.epoch_s(slowest)[0])} ({_kind(slowest)})",
         f"        disk up to {_size(sum(plan.disk_bytes.values()))} ({disk}){memory}",
@@ -68,16 +65,6 @@ def describe_space(sweep: Sweep) -> str:
     return "; ".join(f"{name} {_domain(domain)}" for name, domain in sweep.space.items())
 
 
-def compared(forecast: Mapping[str, Any], actual: Mapping[str, Any]) -> str:
-    """Return forecast beside actual in one line, both as the record keeps them."""
-    duration, epochs = Span(**forecast["duration_s"]), Span(**forecast["epochs"])
-    apart = actual["duration_s"] / max(duration.middle, 1e-9) - 1
-    return (
-        f"forecast {_times(duration)}, epochs {_counts(epochs)}; actual "
-        f"{in_words(actual['duration_s'])} ({apart:+.0%}), epochs {actual['epochs']}"
-    )
-
-
 def _domain(domain: Domain) -> str:
     if isinstance(domain, Choice):
         return "one of " + ", ".join(map(str, domain.choices))
@@ -88,14 +75,6 @@ def _domain(domain: Domain) -> str:
 
 def _kind(kind: tuple[str, int]) -> str:
     return f"{kind[0]}, depth {kind[1]}"
-
-
-def _counts(span: Span) -> str:
-    return f"{span.middle:.0f} [{span.low:.0f}, {span.high:.0f}]"
-
-
-def _times(span: Span) -> str:
-    return f"{in_words(span.middle)} [{in_words(span.low)}, {in_words(span.high)}]"
 
 
 def _price(plan: Plan) -> str:

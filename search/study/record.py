@@ -135,6 +135,10 @@ class Record:
         """Record something that holds for the whole sweep and is known only once it runs."""
         self._storage.set_study_user_attr(self._study_id, name, value)
 
+    def delete(self) -> None:
+        """Take the study out of its storage: no sweep comes of it."""
+        self._storage.delete_study(self._study_id)
+
     @functools.cached_property
     def costs(self) -> dict[str, float]:
         """The sweep's second objective by backbone, as measured at launch; empty without one."""

@@ -127,13 +127,17 @@ def launch_sweep(
             stack.enter_context(connected(None))
         is_local = address is None
         run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
-        plan = make_plan(
-            run,
-            scratch=str(sweep.folder),
-            resources=resources,
-            network_costs=record.costs,
-            budget_s=budget_s,
-        )
+        try:
+            plan = make_plan(
+                run,
+                scratch=str(sweep.folder),
+                resources=resources,
+                network_costs=record.costs,
+                budget_s=budget_s,
+            )
+        except InputError:
+            record.delete()
+            raise
         for line in lines_of(plan):
             tell(line)
         record.add_fact("forecast", plan.as_fact())
