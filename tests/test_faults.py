@@ -237,8 +237,9 @@ def test_a_trial_that_comes_back_counts_once_at_its_rungs(
 ) -> None:
     scheduler = ResumableASHA(make_record(has_asha=True).sweep)
     result = {"epoch": 1, "val_loss": 1.0, "train_loss": 1.0}
+    config = {"number": 4, "params": {"backbone": "mobilenet_v2"}}
     for trial_id in ("first worker", "second worker"):
-        trial = SimpleNamespace(trial_id=trial_id, config={"number": 4})
+        trial = SimpleNamespace(trial_id=trial_id, config=config)
         scheduler.on_trial_add(None, trial)
         scheduler.on_trial_result(None, trial, result)
         scheduler.on_trial_error(None, trial)

@@ -57,7 +57,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _reading_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images are tiny here: what pays is tested by itself, not by the clock."""
     cost = feature_cache.Cost(num_bytes=4096, compute_s=1.0, round_trip_s=0.0)
-    monkeypatch.setattr(FeatureCache, "_cost", lambda *_: cost)
+    monkeypatch.setattr(FeatureCache, "cost", lambda *_: cost)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def test_features_that_take_as_long_to_read_as_to_compute_are_not_cached(
     make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cost = feature_cache.Cost(num_bytes=300 * 1024, compute_s=1.0, round_trip_s=0.6)
-    monkeypatch.setattr(FeatureCache, "_cost", lambda *_: cost)
+    monkeypatch.setattr(FeatureCache, "cost", lambda *_: cost)
     cache = make()
     assert cache.features("train", 0) is None
     assert cache.outcome == "computed, 300 KiB an image take as long to read as to compute"

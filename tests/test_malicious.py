@@ -206,10 +206,11 @@ def launched(checkpoint: CheckpointFile | None = None) -> Record:
     images()
     sweep = load_sweep(sweep_file(), {"storage": str(Path("sweeps").resolve())})
     sweep.folder.mkdir(parents=True)
-    (sweep.folder / "sweep.yaml").write_text(dump_sweep(sweep))
     from search.data import prepare_data
 
     manifest, pack = prepare_data(sweep)
+    manifest.write(sweep.folder / "manifest.csv")
+    (sweep.folder / "sweep.yaml").write_text(dump_sweep(sweep))
     origin = {"origin": "random", "path": None, "digest": "0" * 64, "seed": 0}
     facts = {
         "manifest_digest": manifest.digest,

@@ -1,6 +1,7 @@
 """Metric against cost: which trials are on the front, go on at a rung, and are drawn next."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,10 +98,11 @@ class Rungs:
 
     def __init__(self, costs: dict[str, float], trials: tuple[Trial, ...] = ()) -> None:
         self.scheduler = ResumableASHA(SWEEP, trials, costs)
+        self.numbers = itertools.count(10)
 
     def goes_on(self, backbone: str, value: float, epoch: int = 1) -> bool:
-        config = {"number": 99, "params": {"backbone": backbone}}
-        trial: Any = SimpleNamespace(trial_id=f"{backbone}{value}", config=config)
+        config = {"number": next(self.numbers), "params": {"backbone": backbone}}
+        trial: Any = SimpleNamespace(trial_id=f"{config['number']}", config=config)
         self.scheduler.on_trial_add(None, trial)
         metrics = dict.fromkeys(("train_loss", "val_loss", "val_accuracy"), 1.0)
         result = {"epoch": epoch, "val_macro_f1": value, **metrics}

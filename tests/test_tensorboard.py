@@ -230,7 +230,8 @@ def test_who_came_by_ssh_is_told_the_tunnel(
 
 def test_the_command_survives_a_blank_in_the_path(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "a b")
-    assert tensorboard_command(sweep) == f"tensorboard --logdir '{sweep.folder}/tensorboard'"
+    folder = f"'{sweep.folder}/tensorboard'"
+    assert tensorboard_command(sweep) == f"tensorboard --host 127.0.0.1 --logdir {folder}"
 
 
 # The server and a browser

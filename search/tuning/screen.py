@@ -221,7 +221,7 @@ def _row(standing: Standing, trial: RunningTrial, name_columns: int, width: int)
         name = f"{name[: name_columns - 1]}…"
     epochs = f"{trial.epochs}/{sweep.training.max_epochs}"
     row = Text(f"{name:<{name_columns}}  {epochs:>7}  ")
-    rungs = standing.rungs_of.get(trial.params["backbone"], standing.rungs)
+    rungs = standing.rungs_of.get(str(trial.params.get("backbone")), standing.rungs)
     rung = next((rung for rung in rungs if rung.epoch > trial.epochs), None)
     cutoff = None if rung is None else rung.cutoff
     sign = 1 if sweep.mode == "max" else -1
