@@ -39,8 +39,8 @@ MAX_IMAGE_SIZE_PX = 1024
 MAX_CLASS_CHARACTERS = 100
 MAX_CONFIG_DEPTH = 32
 
-# What would steer a terminal, or cannot be written as UTF-8.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# What would steer a terminal, or cannot be written as UTF-8; tabs and ends of lines do neither.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # Pixels a run: bounds the memory, whatever is asked for.
 _BATCH_PIXELS = 16 * 224**2

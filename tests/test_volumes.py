@@ -20,6 +20,7 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGBaseline8Bit,
     JPEGLSLossless,
     RLELossless,
 )
@@ -215,6 +216,18 @@ def test_nothing_is_inflated_before_it_is_checked() -> None:
 )
 def test_a_header_that_lies_is_refused(elements: dict[str, Any], line: str) -> None:
     assert message_of(dicom_file(noise("u1", 32, 32), **elements)).startswith(line)
+
+
+def test_frames_that_would_take_hours_are_refused() -> None:
+    line = message_of(dicom_file(noise("u1", 8, 8), NumberOfFrames=4096, Rows=4000, Columns=4000))
+    assert line == "has 65536000000 pixels in all, more than 2147483648"
+    file = io.BytesIO()
+    Image.fromarray(noise("u1", 40, 28)).save(file, "JPEG", progressive=True)
+    jpeg = file.getvalue()
+    scan = jpeg[jpeg.rfind(b"\xff\xda") : -2]
+    frame = pydicom.encaps.encapsulate([jpeg[:-2] + 100 * scan + jpeg[-2:]])
+    data = dicom_file(noise("u1", 40, 28), syntax=JPEGBaseline8Bit, PixelData=frame)
+    assert message_of(data).endswith(" JPEG scans, more than 64 an image")
 
 
 def test_a_dicom_file_without_pixels_is_refused() -> None:

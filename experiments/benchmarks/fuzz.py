@@ -181,7 +181,10 @@ def _peak_bytes() -> int:
 def _limit_memory() -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     # What is asked for beyond fails: a finding, and no machine without memory.
-    resource.setrlimit(resource.RLIMIT_AS, (used + MAX_GROWTH_BYTES, resource.RLIM_INFINITY))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + MAX_GROWTH_BYTES
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lightning_modules.bundle import USE, Bundle
 from lightning_modules.data.volumes import Slice, decode_slices, read_file
-from lightning_modules.errors import InputError
+from lightning_modules.errors import InputError, printable
 
 Form = Literal["table", "csv", "json"]
 
@@ -88,7 +88,8 @@ def print_predictions(
     if form == "table":
         console.print(_table(found))
         if leakage := bundle.config.get("leakage"):
-            console.print(Text(f"trained with leakage across splits: {leakage!s:.200}"))
+            told = printable(str(leakage))
+            console.print(Text(f"trained with leakage across splits: {told:.200}"))
         console.print(f"{USE} Probabilities are calibrated (temperature {bundle.temperature:.3g}).")
     else:
         text = to_csv(bundle, found) if form == "csv" else to_json(bundle, found)
