@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     launch.add_argument(
         "--budget",
         metavar="TIME",
-        help="run as many trials as are sure to fit into 2h, 30m, or 90s",
+        help="run as many trials as will probably fit into 2h, 30m, or 90s",
     )
     _run_options(launch)
 

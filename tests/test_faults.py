@@ -252,7 +252,7 @@ RAISED = """Failure # 1 (occurred at 2026-11-22_19-59-39)
 \x1b[36mray::ImplicitFunc.train()\x1b[39m (pid=30035, ip=192.0.2.2, repr=trainable)
   File "/site-packages/ray/air/_internal/util.py", line 98, in run
     self._ret = self._target(*self._args, **self._kwargs)
-  File "/home/me/trial.py", line 12, in trainable
+  File "/site-packages/trial.py", line 12, in trainable
     raise ValueError("bad thing")
     ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
 {said}
@@ -300,7 +300,7 @@ def test_what_ray_writes_of_a_failure_is_read(
     assert fault.kind == kind
     assert fault.reason.startswith(reason)
     if kind != "worker":
-        assert fault.place.endswith("at /home/me/trial.py:12")
+        assert fault.place.endswith("at /site-packages/trial.py:12")
 
 
 @pytest.fixture

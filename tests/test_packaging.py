@@ -225,7 +225,10 @@ def test_no_lock_file_is_tracked() -> None:
 
 
 # Written in pieces, so that this file does not hold what it looks for.
-MACHINE_PATH = re.compile(r"(?<![\w.$}~-])/(?:home|Users|root|work|mnt|scratch)" + r"/\w\w")
+# Not the one of the container, which is the same everywhere.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.$}~-])/(?:home(?!/neurosweep/)|Users|root|work|mnt|scratch)" + r"/\w\w"
+)
 INDEX_HOSTS = (
     "pypi." + "org", "pythonhosted." + "org", "download.pytorch.org/" + "whl",
     "conda." + "anaconda", "--index-" + "url", "--extra-index-" + "url", "--find-" + "links",

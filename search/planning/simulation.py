@@ -27,7 +27,7 @@ NOISE = 0.02
 SPREAD = 0.08
 
 # What a worker adds to an epoch (Lightning, the report to the driver and its answer, TensorBoard),
-# and to a trial (Ray, the sampler): so much was left of recorded sweeps on 2 CPU cores.
+# and to a trial (Ray, the sampler): estimates, not yet held against sweeps of a quiet machine.
 EPOCH_OVERHEAD_S = 0.2
 TRIAL_OVERHEAD_S = 1.0
 

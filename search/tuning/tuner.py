@@ -100,7 +100,7 @@ def launch_sweep(
         wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
         as_json: Whether events go to standard output, see ``events``, instead of a view for people.
 
-        budget_s: Run as many trials as are sure to fit; none runs the sweep's own number.
+        budget_s: Run as many trials as will probably fit; none runs the sweep's own number.
 
     Returns:
         The sweep's record.
