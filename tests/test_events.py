@@ -163,7 +163,7 @@ def test_people_are_told_on_standard_error_without_a_flood(
     launched: tuple[list[dict[str, Any]], str],
 ) -> None:
     _, told = launched
-    assert "\nwatch   tensorboard --logdir " in told
+    assert "\nwatch   tensorboard --host 127.0.0.1 --logdir " in told
     # Came by ssh, at another port than ssh's own: how to see it at home.
     assert "ssh -N -L 6006:localhost:6006 -p 2222 " in told
     assert "@192.0.2.1   # at home, then http://localhost:6006" in told
