@@ -250,9 +250,8 @@ def address(tiny_sweeps: Path) -> Iterator[str]:
             line = server.stdout.readline()
             assert line, f"TensorBoard ended: {said}"
             said += line
-        assert "Serving TensorBoard on localhost" in said  # and nowhere else
-        found = re.search(r"http://(localhost:\d+)/", said)
-        assert found is not None
+        found = re.search(r"http://(127\.0\.0\.1:\d+)/", said)  # and nowhere else
+        assert found is not None, said
         yield found[1]
     finally:
         server.terminate()
