@@ -80,7 +80,7 @@ def main(folder: Path, address: str) -> None:
     sweep.folder.mkdir(parents=True, exist_ok=True)
     is_new = not (sweep.folder / "study.db").is_file()
     record = Record.create(sweep, {}) if is_new else Record.open(sweep)
-    with tuner._ray(address):
+    with tuner.connected(address):
         trainable = tune.with_parameters(simulate, folder=str(sweep.folder))
         tuner.run_trials(
             record,
