@@ -59,7 +59,7 @@ def recorded(sweep: Sweep, manifest: Manifest, pack: Pack, weights: dict[str, An
         "skipped_images": [],
         "weights": {"mobilenet_v2": weights},
         "versions": {"torch": "2"},
-        "leakage": {"pictures": 3, "pairs": ["patient_1.png = patient_2.png"], "note": "Doe"},
+        "leakage": {"pictures": 3, "images": 7},
     }
     record = Record.create(sweep, facts)
     number = record.draw().number
@@ -182,7 +182,7 @@ def test_no_file_names_a_folder_a_host_or_a_group(exported: Export) -> None:
     groups = exported.manifest.frame["group_id"]
     assert [group for group in groups if group in said] == []
     # Hashed ones neither.
-    assert exported.config["leakage"] == {"pictures": 3, "pairs": 1}
+    assert exported.config["leakage"] == {"pictures": 3, "images": 7}
     assert "**Leakage.**" in said
 
 
