@@ -169,7 +169,7 @@ def test_people_are_told_on_standard_error_without_a_flood(
     assert "@192.0.2.1   # at home, then http://localhost:6006" in told
     assert "val macro f1" in told
     assert "4 trials, " in told
-    # Weights, images, precision, plan, table, next commands: nothing of Ray's, Lightning's, or warnings.
+    # Weights, images, plan, table, next commands: nothing of Ray's or Lightning's, no warnings.
     assert len(told.splitlines()) < 40
     for word in ("warn", "ray", "lightning", "epoch   1/3", "\x1b"):
         assert word not in told.lower().replace("array", "")
