@@ -139,6 +139,7 @@ def replay_trial(
 
     with tempfile.TemporaryDirectory(prefix="neurosweep-replay-") as scratch:
         folder = Path(scratch)
+        (folder / "trials").mkdir()  # workers make none, lest they write beneath a lost mount
         with _threads(sweep.resources.cpus_per_trial), contextlib.suppress(_EnoughError):
             fit_trial(config, run, folder=folder, report=take)
         told, has_same_weights = _compare_weights(sweep.folder, trial, folder, reports[-1]["best"])
