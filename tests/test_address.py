@@ -197,3 +197,12 @@ def test_a_mistaken_address_ends_in_one_line_before_images_are_touched(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("neurosweep: --address must be a Ray cluster that answers")
     assert not list((tmp_path / "s").rglob("*.*"))
+
+
+def test_ray_does_not_write_the_drivers_keys_into_its_logs() -> None:
+    from ray.tune.execution import class_cache
+
+    from search.tuning import tuner
+
+    assert tuner.connected
+    assert not any(name.startswith("AWS_") for name in class_cache.ENV_VARS_TO_PROPAGATE)

@@ -25,6 +25,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
 from ray import tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
 from lightning_modules.data.datamodule import source_loss_weights
 from lightning_modules.data.manifest import SPLITS, Manifest
@@ -74,6 +75,12 @@ WORKER_ENVIRONMENT = {
     # Ray together with the next trial, without a word to anyone.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
+
+# Ray Tune 2.60 sends the driver's keys along with every trial, and writes them into its logs. Every
+# node has its own environment, and workers that are started here have this one's.
+ENV_VARS_TO_PROPAGATE.difference_update(
+    {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+)
 
 Tell = Callable[[str], None]
 
