@@ -686,7 +686,7 @@ def test_progress_is_told(once: Evaluated) -> None:
 @pytest.mark.slow
 def test_evaluating_needs_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, search.evaluate, search.evaluation_tables; "
+        "import sys, search.evaluation.evaluate, search.evaluation.tables; "
         "sys.exit(bool({'torch', 'ray', 'optuna'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
