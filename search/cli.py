@@ -11,6 +11,7 @@ from typing import Any
 from lightning_modules.errors import InputError, printable
 from search import commands
 from search.interruption import Interrupted, Interruption
+from search.tuning.faults import AlikeFailuresError
 
 DESCRIPTION = "Hyperparameter search for transfer learning on brain MRI."
 
@@ -31,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"neurosweep: {printable(_said(error))}", file=sys.stderr)
         sys.exit(2)
+    except AlikeFailuresError as error:
+        if options.debug:
+            raise
+        *traceback, remedy = error.__notes__
+        print(*traceback, f"neurosweep: {error}: {remedy}", sep="\n", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         if options.debug:
             raise

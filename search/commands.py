@@ -148,7 +148,7 @@ def _run_to_end(
 
     run = functools.partial(tuner.launch_sweep, budget_s=budget_s) if is_new else tuner.resume_sweep
     again = f"neurosweep resume {sweep.reference}"
-    with _said_how_to_go_on(console, again, if_there=sweep.folder / "sweep.yaml"):
+    with said_how_to_go_on(console, again, if_there=sweep.folder / "sweep.yaml"):
         record = run(
             sweep,
             manifest,
@@ -186,7 +186,7 @@ def _tell_end(record: Any, *, elapsed_s: float, confirmation: dict[str, Any] | N
 
 
 @contextlib.contextmanager
-def _said_how_to_go_on(console: Console, command: str, *, if_there: Path) -> Iterator[None]:
+def said_how_to_go_on(console: Console, command: str, *, if_there: Path) -> Iterator[None]:
     """Say how to go on with trials that were interrupted, or whose code is at fault."""
     from search.tuning.faults import AlikeFailuresError
 
@@ -197,13 +197,8 @@ def _said_how_to_go_on(console: Console, command: str, *, if_there: Path) -> Ite
             console.print(f"interrupted; go on with\n  {command}", soft_wrap=True)
         raise
     except AlikeFailuresError as error:
-        print(error.traceback, file=sys.stderr)
-        print(
-            "neurosweep: the first trials failed alike, before any epoch: mend the code, then "
-            f"`{command}` runs them again",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        error.add_note(f"mend the code, then `{command}` runs them again")
+        raise
 
 
 def _bar(console: Console) -> Bar:
@@ -364,7 +359,7 @@ def confirm(options: argparse.Namespace) -> None:
         from search.confirm import confirm_sweep, print_confirmation
 
         command = shlex.join(["neurosweep", *sys.argv[1:]])
-        with _said_how_to_go_on(console, command, if_there=sweep.folder):
+        with said_how_to_go_on(console, command, if_there=sweep.folder):
             confirmation = confirm_sweep(
                 record,
                 manifest,

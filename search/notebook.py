@@ -59,7 +59,8 @@ def launch(
 
     Raises:
         InputError: Where the command exits with 2.
-        RuntimeError: If every trial failed; what was run can be looked at with ``load_results``.
+        RuntimeError: If every trial failed, or the first ones alike, whose traceback is then shown,
+            or not every trial has ended; ``load_results`` has what was run.
         KeyboardInterrupt: If it was interrupted; ``neurosweep resume`` goes on.
     """
     from lightning_modules.errors import InputError
@@ -85,10 +86,13 @@ def launch(
         json=False,
     )
     record, code = commands.start_sweep(options, dict(set or {}))
-    if code == 130:
-        raise KeyboardInterrupt(f"go on with: neurosweep resume {record.sweep.reference}")
+    trials = record.trials()
+    if code and any(trial.state != "failed" for trial in trials):
+        raise RuntimeError(
+            f"not every trial has ended; go on with: neurosweep resume {record.sweep.reference}"
+        )
     if code:
-        reasons = sorted({trial.reason for trial in record.trials()})
+        reasons = sorted({trial.reason for trial in trials})
         raise RuntimeError(f"every trial of {record.sweep.name} failed: {'; '.join(reasons)}")
     return Results(record)
 

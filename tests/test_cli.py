@@ -17,12 +17,15 @@ import pytest
 import ray
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from lightning_modules.errors import InputError
+from search import commands
 from search.cli import main
 from search.config import dump_sweep, load_sweep
 from search.study.record import Record
 from search.study.recorded import Epoch, State
+from search.tuning.faults import AlikeFailuresError
 
 COMMANDS = ("launch", "resume", "top", "report", "export", "predict")
 
@@ -133,6 +136,24 @@ def test_an_option_that_makes_no_sense_is_refused_with_the_usage(
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(InputError, match="the sweep file must exist"):
         main(["launch", "missing.yaml", "--debug"])
+
+
+def test_trials_that_fail_alike_end_with_their_traceback_and_the_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        with commands.said_how_to_go_on(Console(), "neurosweep resume s", if_there=Path()):
+            raise AlikeFailuresError("Traceback of the trial")
+
+    monkeypatch.setattr(commands, "top", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["top", "s"])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "Traceback of the trial",
+        "neurosweep: the first trials failed alike, before any epoch: mend the code, then "
+        "`neurosweep resume s` runs them again",
+    ]
 
 
 @pytest.mark.parametrize(

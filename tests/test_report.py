@@ -291,6 +291,16 @@ def test_the_best_is_the_best_whichever_way_the_metric_goes(tmp_path: Path, metr
     assert f"{metric} {best}" in report(tmp_path).shown
 
 
+def test_the_forecast_stands_beside_what_came_of_it(tmp_path: Path) -> None:
+    forecast = {
+        "duration_s": {"low": 600, "middle": 1200, "high": 1800},
+        "epochs": {"low": 10, "middle": 14, "high": 20},
+    }
+    fill(make_record(tmp_path, forecast=forecast, actual={"duration_s": 1500, "epochs": 16}))
+    said = "Forecast 20 min [10 min, 30 min], epochs 14 [10, 20]; actual 25 min (+25%), epochs 16"
+    assert said in " ".join(report(tmp_path).shown.split())
+
+
 def test_leakage_is_said_first(tmp_path: Path) -> None:
     fill(make_record(tmp_path, leakage={"pictures": 35, "images": 71}))
     page = report(tmp_path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_modules.data.manifest import SPLITS
 from search.card.markdown import mapping, number
+from search.planning.span import compare_with_actual
 from search.report.findings import Findings, describe_state
 from search.report.scales import short, time_unit
 from search.shareable import settings_of, weights_of
@@ -56,6 +57,8 @@ def describe_summary(findings: Findings) -> Table:
     ]
     if findings.ended_s:
         rows.append(["Time", f"{_span(max(findings.ended_s.values()))}, pauses included"])
+    if compared := compare_with_actual(findings.facts):
+        rows.append(["Forecast", compared.removeprefix("forecast ")])
     if devices := _devices(findings):
         rows.append(["Ran on", devices])
     return Table(("", ""), rows)

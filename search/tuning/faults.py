@@ -13,7 +13,7 @@ MAX_RESTARTS = 3
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)', re.MULTILINE)
 
 
-class AlikeFailuresError(Exception):
+class AlikeFailuresError(RuntimeError):
     """The first trials failed in the same way: the code is at fault, and not their params.
 
     Args:
@@ -21,7 +21,8 @@ class AlikeFailuresError(Exception):
     """
 
     def __init__(self, traceback: str) -> None:
-        super().__init__(traceback)
+        super().__init__("the first trials failed alike, before any epoch")
+        self.add_note(traceback)
         self.traceback = traceback
 
 
