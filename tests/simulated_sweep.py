@@ -61,8 +61,6 @@ def simulate(config: dict[str, Any], folder: str) -> None:
 
 
 def main(folder: Path, address: str) -> None:
-    from ray import tune
-
     from lightning_modules.data.phantom import PhantomSettings
     from search.study.record import Record
     from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
@@ -80,6 +78,9 @@ def main(folder: Path, address: str) -> None:
     sweep.folder.mkdir(parents=True, exist_ok=True)
     is_new = not (sweep.folder / "study.db").is_file()
     record = Record.create(sweep, {}) if is_new else Record.open(sweep)
+    # After `search`, which sets what Ray reads when it is imported.
+    from ray import tune
+
     with tuner.connected(address):
         trainable = tune.with_parameters(simulate, folder=str(sweep.folder))
         tuner.run_trials(

@@ -4,6 +4,9 @@ The heads here are real gRPC servers that answer this one question as Ray's head
 ``test_nodes`` compares with Ray's own.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -206,3 +209,14 @@ def test_ray_does_not_write_the_drivers_keys_into_its_logs() -> None:
 
     assert tuner.connected
     assert not any(name.startswith("AWS_") for name in class_cache.ENV_VARS_TO_PROPAGATE)
+
+
+def test_ray_does_not_start_workers_through_uv_whoever_imports_it_first() -> None:
+    # By default it also packs the current folder and sends it to every node.
+    code = (
+        "import search.tuning.address, ray._private.ray_constants as told; "
+        "raise SystemExit(told.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert done.returncode == 0

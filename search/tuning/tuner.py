@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
 import platform
 import shutil
 import tempfile
@@ -12,16 +11,6 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-# Read by Ray when it is imported. Under `uv run`, Ray would start every worker with uv again.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-# The study is the record: Ray's own files would only repeat it.
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-# Ctrl-C is ours: Tune waits in silence for epochs to end, and then for ten seconds more.
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
 from ray import tune
