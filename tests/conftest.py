@@ -118,7 +118,8 @@ def tiny_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_bundle() -> Callable[..., Path]:
     """Writes a bundle for two classes, bright and dark images, into the current folder.
 
-    Takes what ``config.json`` says otherwise.
+    Its logits are 4 m - 2 and 2 - 4 m, for a mean intensity of m. Takes what ``config.json`` says
+    otherwise.
     """
 
     def make(**changes: Any) -> Path:

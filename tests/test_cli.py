@@ -1,7 +1,6 @@
 """Every mistake of the user ends in one line on stderr and exit code 2, before Ray starts."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -570,53 +569,12 @@ def test_a_bundle_needs_a_trial_that_has_finished(capsys: pytest.CaptureFixture[
     assert line == "--trial must be a trial of the sweep, 0 to 0; got 7"
 
 
-def bundle(classes: tuple[str, ...] = ("bright", "dark")) -> Path:
-    """A bundle whose logits are 4 m - 2 and 2 - 4 m, for a mean intensity of m."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    nodes = [
-        helper.make_node("GlobalAveragePool", ["intensities"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["mean"]),
-        helper.make_node("Gemm", ["mean", "weight", "bias"], ["logits"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "bundle",
-        [helper.make_tensor_value_info("intensities", TensorProto.FLOAT, ["batch", 1, 32, 32])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
-        [
-            helper.make_tensor("weight", TensorProto.FLOAT, [1, 2], [4.0, -4.0]),
-            helper.make_tensor("bias", TensorProto.FLOAT, [2], [-2.0, 2.0]),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    folder = Path("bundle")
-    folder.mkdir()
-    files = {
-        "model.onnx": model.SerializeToString(),
-        "model.pt2": b"unused",
-        "model.safetensors": struct.pack("<Q", 2) + b"{}",
-    }
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    onnx.checker.check_model(model)
-    config = {
-        "format": 2,
-        "temperature": 1.0,
-        "classes": list(classes),
-        "input": {"image_size_px": 32},
-        "digests": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def test_predict_names_the_likeliest_class_of_each_image(
-    capsys: pytest.CaptureFixture[str],
+    make_bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     light, black = image(Path("a/light.png"), 255), image(Path("a/black.png"), 0)
-    out = printed(capsys, "predict", bundle(), light, black)
+    folder = make_bundle(classes=["bright", "dark"])
+    out = printed(capsys, "predict", folder, light, black)
     rows = [line.split() for line in out.splitlines() if ".png" in line]
     # Logits are 2 and -2, or the reverse: 1 / (1 + exp(-4)) = 0.982.
     assert rows == [["light.png", "bright", "0.982"], ["black.png", "dark", "0.982"]]
@@ -631,9 +589,9 @@ def test_a_folder_that_is_no_bundle_is_refused(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "model.safetensors"])
 @pytest.mark.parametrize("change", ["one byte", "gone", "a link"])
 def test_a_bundle_that_was_changed_is_refused(
-    name: str, change: str, capsys: pytest.CaptureFixture[str]
+    make_bundle: Callable[..., Path], name: str, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = bundle() / name
+    file = make_bundle() / name
     data = file.read_bytes()
     file.unlink()
     if change == "one byte":
@@ -658,17 +616,19 @@ def test_a_bundle_that_was_changed_is_refused(
     ],
 )
 def test_a_bundle_whose_description_does_not_fit_is_refused(
-    change: dict[str, object], capsys: pytest.CaptureFixture[str]
+    make_bundle: Callable[..., Path], change: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = bundle() / "config.json"
+    path = make_bundle() / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert "bundle" in refused(capsys, "predict", "bundle", image(Path("1.png")))
 
 
-def test_an_image_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_that_is_none_is_named(
+    make_bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     good = image(Path("1.png"))
     Path("2.png").write_bytes(b"junk")
-    folder = bundle()
+    folder = make_bundle()
     line = refused(capsys, "predict", folder, good, "2.png")
     assert line == "2.png is not a PNG, JPEG, TIFF, DICOM, or NIfTI file"
     line = refused(capsys, "predict", folder, good, "3.png")

@@ -310,6 +310,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now_s
 
 
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    actors: list[Any] = []
+    monkeypatch.setattr(ray, "kill", actors.append)
+    return actors
+
+
 def pass_seconds(watch: EndSilentWorkers, clock: list[float], trial: Any, seconds: float) -> None:
     """Let time pass as it does while Tune's controller turns."""
     for _ in range(int(seconds * 2)):
@@ -317,11 +324,7 @@ def pass_seconds(watch: EndSilentWorkers, clock: list[float], trial: Any, second
         watch.on_step_begin(0, [trial])
 
 
-def test_silence_is_measured_by_a_trials_own_epochs(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed: list[Any] = []
-    monkeypatch.setattr(ray, "kill", killed.append)
+def test_silence_is_measured_by_a_trials_own_epochs(clock: list[float], killed: list[Any]) -> None:
     trial = SimpleNamespace(trial_id="a", temporary_state=SimpleNamespace(ray_actor="the worker"))
     watch = EndSilentWorkers()
     watch.on_trial_start(0, [trial], trial)
@@ -336,11 +339,7 @@ def test_silence_is_measured_by_a_trials_own_epochs(
     assert killed == ["the worker"]  # 1,001 s by now
 
 
-def test_a_driver_that_was_stopped_blames_nobody(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed: list[Any] = []
-    monkeypatch.setattr(ray, "kill", killed.append)
+def test_a_driver_that_was_stopped_blames_nobody(clock: list[float], killed: list[Any]) -> None:
     trial = SimpleNamespace(trial_id="a", temporary_state=SimpleNamespace(ray_actor="worker"))
     watch = EndSilentWorkers()
     watch.on_trial_start(0, [trial], trial)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyte
 import pytest
+from conftest import TINY_SWEEP
 
 from lightning_modules.data.phantom import PhantomSettings
 from search.space import Float
@@ -180,17 +181,6 @@ class Terminal:
         )
 
 
-TINY = """
-name: tiny
-data: {phantom: {num_patients: 25, slices_per_patient: 2, image_size_px: 32}, image_size_px: 32}
-weights: random
-params: {backbone: mobilenet_v2, unfreeze_depth: 0}
-space: {lr: {low: 1.0e-4, high: 1.0e-1, log: true}}
-training: {max_epochs: 3, precision: 32-true}
-search: {num_trials: 4, max_concurrent_trials: 2}
-scheduler: {grace_period_epochs: 1}
-"""
-
 SCRIPT = """
 import runpy, select, sys, time
 names = runpy.run_path({this!r})
@@ -261,7 +251,7 @@ def test_only_a_terminal_gets_a_screen(
 
 @pytest.mark.slow
 def test_a_sweep_in_a_terminal_is_one_screen_and_then_a_table(tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text(TINY)
+    (tmp_path / "sweep.yaml").write_text(TINY_SWEEP)
     command = [sys.executable, "-m", "search.cli", "launch", "sweep.yaml"]
     terminal = Terminal(command, 80, 24, tmp_path)
     try:
