@@ -165,8 +165,7 @@ def compose(standing: Standing, width: int, height: int, messages: list[str]) ->
 def _head(standing: Standing, width: int) -> list[Text]:
     sweep, ended = standing.sweep, standing.ended
     way = "higher" if sweep.mode == "max" else "lower"
-    title = Text(f"{sweep.name}  ", style="bold")
-    title.append(f"{sweep.metric}, {way} is better", style="dim")
+    title = Text.assemble((f"{sweep.name}  ", "bold"), f"{sweep.metric}, {way} is better")
     counts = Text(f"{len(standing.running)} running · {standing.num_waiting} waiting")
     counts.append(f" · {ended['complete']} complete", style="green")
     counts.append(f" · {ended['pruned']} stopped", style="yellow" if ended["pruned"] else "")
@@ -177,8 +176,9 @@ def _head(standing: Standing, width: int) -> list[Text]:
     told += "" if left_s is None else f" · about {duration(left_s)} left"
     bar_columns = max(6, min(40, width - len(told) - 1))
     filled = round(bar_columns * standing.epochs / max(1.0, whole))
-    bar = Text("━" * filled, style="green").append("━" * (bar_columns - filled), style="dim")
-    return [title, counts, bar.append(told, style="none")]
+    # Not dim, which some terminals do not know: the bar would look full.
+    bar = Text.assemble(("━" * filled, "green"), ("━" * (bar_columns - filled), "bright_black"))
+    return [title, counts, bar.append(told)]
 
 
 def _best(standing: Standing, width: int) -> list[Text]:
