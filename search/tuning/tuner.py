@@ -252,9 +252,11 @@ def resume_sweep(
         The sweep's record.
 
     Raises:
-        InputError: If the images or the initial weights are not the ones it was launched with.
+        InputError: If the record is damaged, or if the images or the initial weights are not the
+            ones it was launched with.
     """
     record = Record.open(sweep)
+    record.check()
     weights = recorded_weights(record)
     check_same_data(record.facts, manifest, pack)
     for backbone, origin in weights.items():
