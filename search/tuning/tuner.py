@@ -31,6 +31,7 @@ from lightning_modules.data.datamodule import source_loss_weights
 from lightning_modules.data.manifest import SPLITS, Manifest
 from lightning_modules.data.pack import Pack, default_cache_dir
 from lightning_modules.errors import InputError
+from lightning_modules.feature_store import current_moment
 from lightning_modules.files import write_atomically
 from lightning_modules.network_cost import measure_costs
 from lightning_modules.weights import WeightOrigin, find_weights
@@ -306,7 +307,7 @@ def _run_of(
         weights=weights,
         precisions=measured["precisions"],
         on_gpu=whole["gpu"] > 0,
-        started_s=time.time(),
+        started=current_moment(),
         source_digest=None if is_local else source_digest(),
     )
     num_slots = sweep.search.max_concurrent_trials or max_concurrent(smallest)
