@@ -46,6 +46,19 @@ class Header:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A time that does not change when the time of day is set.
+
+    Attributes:
+        boot: Which start of which system it is a time of.
+        s: On that one's monotonic clock, which all its processes share.
+    """
+
+    boot: str
+    s: float
+
+
 class FeatureStore:
     """A folder of feature files, each known by a key that says everything it depends on.
 
@@ -57,15 +70,15 @@ class FeatureStore:
     Args:
         folder: Where the files lie; made if it does not exist, for this user alone.
         limit_bytes: All files together stay below it.
-        since_s: When this sweep began, in seconds since 1970. Files used later are not removed for
-            files that are worth less a byte.
+        since: When this sweep began; for nodes that it did not begin on, now. Files used later are
+            not removed for files that are worth less a byte.
     """
 
-    def __init__(self, folder: Path, *, limit_bytes: int, since_s: float) -> None:
+    def __init__(self, folder: Path, *, limit_bytes: int, since: Moment) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
-        self.since_s = since_s
         self._boot = current_boot()
+        self.since_s = since.s if since.boot == self._boot else time.monotonic()
 
     def find(self, key: str) -> Tensor | None:
         """Return what is stored under a key, mapped and read-only by convention; none if nothing.
@@ -81,7 +94,7 @@ class FeatureStore:
                     return None
                 # Private and writable, so that torch takes it; nobody writes, so nothing is copied.
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            os.utime(path)  # for whoever needs room: this one is in use
+            _mark_used(path)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         values = torch.frombuffer(mapped, dtype=DTYPES[header.dtype], offset=HEADER_BYTES)
@@ -245,6 +258,7 @@ class Claim:
         self.file.seek(0)
         self.file.write(json.dumps(asdict(header)).encode().ljust(HEADER_BYTES))
         self.file.flush()
+        _mark_used(self.path)
         self.path.rename(self.store.path_of(self.key))
 
 
@@ -254,6 +268,15 @@ class _Entry:
     num_bytes: int
     used_s: float
     worth_s_per_byte: float
+
+
+def _mark_used(path: Path) -> None:
+    """Say in a file's times that it is in use, on the clock of ``Moment``.
+
+    The system's own follow the time of day; what was written under another start goes anyway.
+    """
+    now_s = time.monotonic()
+    os.utime(path, (now_s, now_s))
 
 
 def _read_header(file: IO[bytes]) -> Header:
@@ -283,6 +306,11 @@ def _is_free(file: IO[bytes]) -> bool:
     except OSError:
         return False
     return True
+
+
+def current_moment() -> Moment:
+    """Return what time it is on this system."""
+    return Moment(current_boot(), time.monotonic())
 
 
 def current_boot() -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
+from lightning_modules.feature_store import current_moment
 from lightning_modules.weights import WeightOrigin
 from search.data import check_same_data
 from search.study.record import Record, encode_metrics
@@ -117,7 +117,7 @@ def replay_trial(
         weights=weights,
         precisions=facts["measured"]["precisions"],
         on_gpu=was_on_gpu and torch.cuda.is_available(),
-        started_s=time.time(),
+        started=current_moment(),
         source_digest=None,
     )
     config = {

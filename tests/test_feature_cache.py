@@ -19,7 +19,7 @@ from lightning_modules.data.datamodule import PackDataModule
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.feature_cache import FeatureCache
-from lightning_modules.feature_store import FeatureStore
+from lightning_modules.feature_store import FeatureStore, current_moment
 from search.tuning.checkpoint import AtomicCheckpointIO
 
 Data = tuple[Manifest, Pack]
@@ -101,7 +101,7 @@ def make(data: Data, weights: dict[str, Path], tmp_path: Path) -> Make:
         pack = Pack(pack.path, pack_digest, SIDE_PX, {})
         datamodule = PackDataModule(manifest, pack, batch_size=batch_size, seed=seed)
         store = FeatureStore(
-            tmp_path / "features", limit_bytes=int(limit_mib * 2**20), since_s=time.time()
+            tmp_path / "features", limit_bytes=int(limit_mib * 2**20), since=current_moment()
         )
         cache = FeatureCache(
             module,

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.feature_store import HEADER_BYTES, FeatureStore
+from lightning_modules.feature_store import HEADER_BYTES, FeatureStore, Moment, current_boot
 
 MIB = 2**20
 
 
 def make_store(folder: Path, limit_mib: float = 1.0, since_s: float = 0.0) -> FeatureStore:
-    return FeatureStore(folder, limit_bytes=int(limit_mib * MIB), since_s=since_s)
+    since = Moment(current_boot(), since_s)
+    return FeatureStore(folder, limit_bytes=int(limit_mib * MIB), since=since)
 
 
 def put(
@@ -142,9 +143,9 @@ def test_finding_a_file_counts_as_use(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     put(store, "key", torch.ones(3, 2))
     use_at(store, "key", 5.0)
-    before_s = time.time()
+    before_s = time.monotonic()
     store.find("key")
-    assert store.path_of("key").stat().st_mtime >= before_s - 1
+    assert before_s - 1 <= store.path_of("key").stat().st_mtime <= time.monotonic() + 1
 
 
 def test_what_is_mapped_stays_readable_when_its_file_goes(tmp_path: Path) -> None:

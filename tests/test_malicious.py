@@ -13,6 +13,7 @@ import tarfile
 import time
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -33,6 +34,7 @@ from lightning_modules.strict_yaml import load_yaml
 from search.card.model_card import write_card
 from search.cli import main
 from search.config import dump_sweep, load_sweep
+from search.study.integrity import checksum
 from search.study.record import Record
 from search.study.recorded import CheckpointFile, Epoch
 from search.tuning.checkpoint import AtomicCheckpointIO
@@ -284,10 +286,23 @@ def test_a_checkpoint_that_is_a_link_is_not_whole() -> None:
     assert not is_whole(Path(), CheckpointFile(path="link.ckpt", digest=digest, epoch=1))
 
 
+def sum_anew(database: sqlite3.Connection) -> None:
+    """Make checksums those of what the rows hold now, as a stranger can."""
+    for attributes, owner in (("trial_user", "trial_id"), ("study_user", "study_id")):
+        table, texts = f"{attributes}_attributes", defaultdict[int, dict[str, str]](dict)
+        query = f"SELECT {owner}, key, value_json FROM {table} WHERE key != 'checksum'"
+        for number, name, text in database.execute(query):
+            texts[number][name] = text
+        update = f"UPDATE {table} SET value_json = ? WHERE key = 'checksum' AND {owner} = ?"
+        database.executemany(update, [(checksum(texts[number]), number) for number in texts])
+
+
 def rewrite(*statements: str) -> None:
     with closing(sqlite3.connect("sweeps/tiny/study.db")) as database:
         for statement in statements:
             database.execute(statement)
+        with contextlib.suppress(sqlite3.OperationalError):  # no such table
+            sum_anew(database)
         database.commit()
 
 

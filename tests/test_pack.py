@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import io
 import json
 import multiprocessing
@@ -198,11 +199,27 @@ def test_a_lost_pack_is_an_input_error_when_used(tmp_path: Path) -> None:
 def test_a_killed_build_leaves_nothing_for_good(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
-    for name, age_s in (("old", 90_000), ("new", 0)):
+    for name in ("left", "written"):
         (cache / f".pack-{name}.tmp").touch()
-        os.utime(cache / f".pack-{name}.tmp", (time.time() - age_s,) * 2)
-    packed(data_set(tmp_path / "data", FOUR), cache)
-    assert [file.name for file in cache.glob(".pack-*")] == [".pack-new.tmp"]
+    with (cache / ".pack-written.tmp").open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        packed(data_set(tmp_path / "data", FOUR), cache)
+    assert [file.name for file in cache.glob(".pack-*")] == [".pack-written.tmp"]
+
+
+def test_what_is_being_built_is_locked(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    refused = []
+
+    def look(done: int, total: int) -> None:
+        [path] = cache.glob(".pack-*.tmp")
+        with path.open("r+b") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refused.append(path)
+
+    build_pack(data_set(tmp_path / "data", FOUR), image_size_px=8, cache_dir=cache, progress=look)
+    assert refused
+    assert not list(cache.glob(".pack-*.tmp"))
 
 
 def test_progress_is_called_from_the_calling_thread_up_to_the_total(tmp_path: Path) -> None:
@@ -274,7 +291,7 @@ def test_all_bad_images_are_listed_in_one_line(tmp_path: Path) -> None:
     assert "'7.jpg' in row 7 (is not" in message
     assert message.endswith("or leave them out with --skip-bad-images")
     assert len(message.splitlines()) == 1
-    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
 def test_many_bad_images_are_all_listed(tmp_path: Path) -> None:
@@ -380,7 +397,7 @@ def test_a_disk_that_fills_up_leaves_no_temporary_file(
     monkeypatch.setattr(pack_module.os, "fsync", full)
     with pytest.raises(InputError, match=r"got No space left on device in .*; free space, or"):
         packed(data_set(tmp_path / "data", FOUR), tmp_path / "cache")
-    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
 def test_a_cache_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_optuna_reads_what_was_written(sweep: Sweep) -> None:
     )
     trials = study.get_trials()
 
-    assert study.user_attrs == {"classes": ["glioma"]}
+    assert study.user_attrs.keys() == {"classes", "checksum"}
+    assert study.user_attrs["classes"] == ["glioma"]
     assert [trial.state.name for trial in trials] == [
         "COMPLETE", "PRUNED", "FAIL", "PRUNED", "RUNNING", "FAIL",
     ]  # fmt: skip

@@ -31,7 +31,7 @@ from lightning_modules.data.datamodule import VAL_BATCH_SIZE, PackDataModule
 from lightning_modules.data.manifest import Manifest, read_manifest
 from lightning_modules.data.pack import Pack, build_pack
 from lightning_modules.feature_cache import FeatureCache
-from lightning_modules.feature_store import FeatureStore
+from lightning_modules.feature_store import FeatureStore, current_moment
 from lightning_modules.weights import find_weights
 
 BATCH_SIZE = 32
@@ -110,7 +110,7 @@ def measure_depth(
     cache = FeatureCache(
         module,
         data,
-        store=FeatureStore(folder, limit_bytes=16 * 2**30, since_s=time.time()),
+        store=FeatureStore(folder, limit_bytes=16 * 2**30, since=current_moment()),
         weights_digest=weights.digest,
         precision="32-true",
         views_are_shared=True,

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import sqlite3
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rich.console import Console
 from lightning_modules.data.manifest import read_manifest
 from search.config import dump_sweep, load_sweep
 from search.results import best_trial
+from search.study.integrity import checksum
 from search.study.origins import recorded_weights
 from search.study.record import Record
 from search.study.recorded import CheckpointFile, Epoch
@@ -159,6 +161,17 @@ def _records(folder: Path) -> list[bytes]:
     return [(sweep.folder / "study.db").read_bytes()]
 
 
+def _sum_anew(database: sqlite3.Connection) -> None:
+    """Make checksums those of what the rows hold now, as a stranger can."""
+    for attributes, owner in (("trial_user", "trial_id"), ("study_user", "study_id")):
+        table, texts = f"{attributes}_attributes", defaultdict[int, dict[str, str]](dict)
+        query = f"SELECT {owner}, key, value_json FROM {table} WHERE key != 'checksum'"
+        for number, name, text in database.execute(query):
+            texts[number][name] = text
+        update = f"UPDATE {table} SET value_json = ? WHERE key = 'checksum' AND {owner} = ?"
+        database.executemany(update, [(checksum(texts[number]), number) for number in texts])
+
+
 def _change_rows(data: bytes, other: bytes, rng: random.Random) -> bytes:
     """Change one value of one row, which may be JSON, in JSON, or of another type."""
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
@@ -182,6 +195,9 @@ def _change_rows(data: bytes, other: bytes, rng: random.Random) -> bytes:
             database.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", where)
             if not rng.randrange(10):
                 database.execute(f"DELETE FROM {table} WHERE rowid = ?", (rng.choice(rows)[0],))
+            # What reads the rows is to be reached as well.
+            if rng.randrange(4):
+                _sum_anew(database)
             database.commit()
         return database.serialize()
 

@@ -34,8 +34,6 @@ from lightning_modules.data.manifest import Manifest, some_of
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
 
-_STALE_S = 86_400.0  # a temporary file untouched for a day was left by a killed process
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -273,15 +271,19 @@ def _build(
             pack = _pack_path(cache_dir, len(files), image_size_px, digest)
             if _intact(pack, len(files), image_size_px):
                 return digest, {}, True
-    _make_room(cache_dir, len(files) * image_size_px**2)
     hashes: list[bytes] = []
     bad: dict[str, str] = {}
     lasting = True
     temporary = cache_dir / f".pack-{uuid.uuid4().hex}.tmp"
+    # Made and locked while nobody else looks for what was left behind.
+    with _locked(cache_dir / "room.lock"):
+        _make_room(cache_dir, len(files) * image_size_px**2)
+        # Written, not mapped: on a full disk a store to a mapped page kills the process (SIGBUS).
+        file = temporary.open("xb")
+        _lock(file)
     rows = _in_order(functools.partial(_load, image_size_px=image_size_px), files)
     try:
-        # Written, not mapped: on a full disk a store to a mapped page kills the process (SIGBUS).
-        with temporary.open("xb") as file, contextlib.closing(rows):
+        with file, contextlib.closing(rows):
             _write_header(file, len(files), image_size_px)
             for done, (path, row) in enumerate(zip(paths, rows, strict=True), start=1):
                 if row.pixels is None:
@@ -313,10 +315,11 @@ def _write_header(file: BinaryIO, n_images: int, image_size_px: int) -> None:
 
 def _make_room(cache_dir: Path, needed: int) -> None:
     """Remove what killed processes left, and fail early where the pack cannot fit."""
-    for stale in cache_dir.glob(".pack-*.tmp"):
-        with contextlib.suppress(OSError):  # another process was faster
-            if time.time() - stale.stat().st_mtime > _STALE_S:
-                stale.unlink()
+    for left in cache_dir.glob(".pack-*.tmp"):
+        # Whoever writes one holds its lock; where there are no locks, nobody can tell.
+        with contextlib.suppress(OSError), left.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
     if (free := shutil.disk_usage(cache_dir).free) < needed:
         gib = f"{free / 2**30:.1f} GiB free of {needed / 2**30:.1f} GiB needed"
         raise OSError(errno.ENOSPC, gib)
@@ -325,9 +328,13 @@ def _make_room(cache_dir: Path, needed: int) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("ab") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: nodes decode twice
-            fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file)
         yield
+
+
+def _lock(file: BinaryIO) -> None:
+    with contextlib.suppress(OSError):  # a file system without locks: nodes decode twice
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _now_and_then(progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:

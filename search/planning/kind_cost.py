@@ -74,9 +74,9 @@ def measure_kinds(
         scratch: A folder on the sweep's storage, to time checkpoints in.
 
     Returns:
-        When this began, in seconds since 1970, and what each kind takes.
+        When this began, on the monotonic clock, and what each kind takes.
     """
-    started_s = time.time()
+    started_s = time.monotonic()
     if not run.on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as trials do
     run = with_images(run)
@@ -134,7 +134,7 @@ def _time_features(
     run: Run, module: ImageClassifier, data: PackDataModule, params: TrialParams
 ) -> tuple[float, Any]:
     """Return the seconds that an image's features take, and the store's own account of it."""
-    store = feature_store(run.sweep.resources.feature_cache_gib, since_s=run.started_s)
+    store = feature_store(run.sweep.resources.feature_cache_gib, since=run.started)
     if store is not None and module.frozen_stages:
         cache = FeatureCache(
             module,

@@ -114,7 +114,7 @@ def make_plan(
     """
     sweep = run.sweep
     costs, worker_start_s = _measure(run, scratch, resources.whole)
-    store = feature_store(sweep.resources.feature_cache_gib, since_s=run.started_s)
+    store = feature_store(sweep.resources.feature_cache_gib, since=run.started)
     setting = Setting(
         costs=costs,
         num_train=len(run.manifest.rows("train")),
@@ -224,7 +224,7 @@ def _answer(run: Run, kinds: Sequence[Kind], scratch: str) -> tuple[float, dict[
         began = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         up_s = float(Path("/proc/uptime").read_text().split()[0])
         age_s = up_s - began / os.sysconf("SC_CLK_TCK")
-        ready_s = max(0.0, age_s - (time.time() - started_s))
+        ready_s = max(0.0, age_s - (time.monotonic() - started_s))
     except (OSError, ValueError, IndexError):
         pass  # not Linux: then a worker's start is left out
     return ready_s, costs

@@ -25,6 +25,7 @@ from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.samplers.sampler import build_sampler
 from search.space import to_distributions
+from search.study.integrity import check_consistency
 from search.study.reading import STATES, Facts, read_facts, read_trial, reading
 from search.study.recorded import Epoch, State, Trial
 from search.study.storage import STORAGE_ERRORS, open_storage, unreachable, write_ahead
@@ -72,10 +73,10 @@ class Record:
         direction = StudyDirection.MAXIMIZE if sweep.mode == "max" else StudyDirection.MINIMIZE
         storage = open_storage(sweep)
         try:
-            study = optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)
-            for name, value in facts.items():
-                study.set_user_attr(name, value)
-            return cls(sweep, storage)
+            optuna.create_study(storage=storage, study_name=sweep.name, direction=direction)
+            record = cls(sweep, storage)
+            record._tables.put_study_attributes(facts)
+            return record
         except optuna.exceptions.DuplicatedStudyError as error:
             raise InputError(
                 f"the sweep's name must be new; the study storage holds a {sweep.name} already, of "
@@ -89,7 +90,7 @@ class Record:
         """Open the study of a sweep that was launched before.
 
         Raises:
-            InputError: If there is none, or the storage cannot be reached.
+            InputError: If there is none, it is damaged, or the storage cannot be reached.
         """
         if sweep.study_url is None and not (sweep.folder / "study.db").is_file():
             raise InputError(
@@ -112,7 +113,16 @@ class Record:
     def facts(self) -> Facts:
         """What holds for the whole sweep."""
         with reading(self.sweep):
-            return read_facts(self._storage.get_study_user_attrs(self._study_id))
+            return read_facts(self._tables.read_study_attributes())
+
+    def check(self) -> None:
+        """Check that samplers see what was recorded; for the one who writes, before going on.
+
+        Raises:
+            InputError: If the record is damaged.
+        """
+        with reading(self.sweep):
+            check_consistency(self.sweep, self.trials(), self._known)
 
     @contextlib.contextmanager
     def being_written(self) -> Iterator[None]:
@@ -133,7 +143,7 @@ class Record:
 
     def add_fact(self, name: str, value: Any) -> None:
         """Record something that holds for the whole sweep and is known only once it runs."""
-        self._storage.set_study_user_attr(self._study_id, name, value)
+        self._tables.put_study_attributes({name: value})
 
     def delete(self) -> None:
         """Take the study out of its storage: no sweep comes of it."""
@@ -308,7 +318,8 @@ class Record:
 
     def times(self) -> dict[int, tuple[datetime, datetime | None]]:
         """Return by number when each trial began and ended, in UTC; read from the database."""
-        return self._tables.read_times()
+        with reading(self.sweep):
+            return self._tables.read_times()
 
     @functools.cached_property
     def _known(self) -> list[FrozenTrial]:

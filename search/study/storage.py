@@ -11,6 +11,7 @@ import sqlalchemy.exc
 from optuna.storages import RDBStorage
 
 from lightning_modules.errors import InputError
+from search.study.integrity import check_file
 from search.sweep import Sweep
 
 # Its news of every study and trial would break into our own lines.
@@ -28,18 +29,22 @@ def open_storage(sweep: Sweep) -> RDBStorage:
     """Open the sweep's database, or make it.
 
     Raises:
-        InputError: If it cannot be reached.
+        InputError: If it cannot be reached, or its file is damaged.
     """
     path = sweep.folder / "study.db"
-    if sweep.study_url is None and path.is_file():
-        _check_schema(path)
     # Not written out by hand: a folder's name may hold a question mark.
     url = sweep.study_url or str(sqlalchemy.URL.create("sqlite", database=str(path)))
     try:
+        if sweep.study_url is None and path.is_file():
+            _check_schema(path)
+            check_file(path)
         # A dashboard that reads may hold SQLite's lock for a moment: wait for it.
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         return RDBStorage(url, engine_kwargs=options)
-    except (ImportError, ValueError, *STORAGE_ERRORS) as error:
+    except InputError:
+        raise
+    # RuntimeError: Optuna's, of tables that are another version's, or by damage seem so.
+    except (ImportError, RuntimeError, ValueError, sqlite3.Error, *STORAGE_ERRORS) as error:
         raise unreachable(sweep, error) from error
 
 

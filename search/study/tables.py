@@ -19,12 +19,15 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Table, bindparam, insert, select, update
 
+from search.study.integrity import CHECKSUM, with_checksum, without_checksum
+
 TRIALS: Table = models.TrialModel.__table__
 PARAMS: Table = models.TrialParamModel.__table__
 VALUES: Table = models.TrialValueModel.__table__
 INTERMEDIATE_VALUES: Table = models.TrialIntermediateValueModel.__table__
 USER_ATTRIBUTES: Table = models.TrialUserAttributeModel.__table__
 SYSTEM_ATTRIBUTES: Table = models.TrialSystemAttributeModel.__table__
+STUDY_ATTRIBUTES: Table = models.StudyUserAttributeModel.__table__
 
 
 class _Put:
@@ -54,6 +57,11 @@ FIND_TRIAL = select(TRIALS.c.trial_id).where(
 )
 INSERT_PARAM = insert(PARAMS)
 PUT_USER_ATTRIBUTE = _Put(USER_ATTRIBUTES, "trial_id", "key")
+READ_SOME_USER_ATTRIBUTES = select(USER_ATTRIBUTES.c.key, USER_ATTRIBUTES.c.value_json).where(
+    USER_ATTRIBUTES.c.trial_id == bindparam("trial_id"),
+    USER_ATTRIBUTES.c.key.in_(bindparam("keys", expanding=True)),
+)
+PUT_STUDY_ATTRIBUTE = _Put(STUDY_ATTRIBUTES, "study_id", "key")
 PUT_INTERMEDIATE_VALUE = _Put(INTERMEDIATE_VALUES, "trial_id", "step")
 PUT_VALUE = _Put(VALUES, "trial_id", "objective")
 END_TRIAL = (
@@ -156,7 +164,7 @@ class StudyTables:
             ]
             connection.execute(INSERT_PARAM, rows)
             for table, attributes in (
-                (USER_ATTRIBUTES, user_attributes),
+                (USER_ATTRIBUTES, with_checksum(user_attributes, {})),
                 (SYSTEM_ATTRIBUTES, system_attributes),
             ):
                 for name, value in attributes.items():
@@ -187,7 +195,10 @@ class StudyTables:
         """
         ended = _now() if state.is_finished() else None
         with self._engine.begin() as connection:
-            for name, attribute in user_attributes.items():
+            asked = {"trial_id": trial_id, "keys": [*user_attributes, CHECKSUM]}
+            rows = connection.execute(READ_SOME_USER_ATTRIBUTES, asked)
+            replaced = {row.key: row.value_json for row in rows}
+            for name, attribute in with_checksum(user_attributes, replaced).items():
                 row = {"trial_id": trial_id, "key": name, "value_json": json.dumps(attribute)}
                 PUT_USER_ATTRIBUTE(connection, row)
             for epoch, reported in (intermediate_values or {}).items():
@@ -240,7 +251,11 @@ class StudyTables:
     def read_user_attributes(
         self, number: int | None = None
     ) -> Iterator[tuple[int, TrialState, dict[str, Any]]]:
-        """Yield number, state, and user attributes of one trial, or of all by number."""
+        """Yield number, state, and user attributes of one trial, or of all by number.
+
+        Raises:
+            ValueError: If they are not what was written.
+        """
         query = (
             select(TRIALS.c.number, TRIALS.c.state, USER_ATTRIBUTES.c.key)
             .add_columns(USER_ATTRIBUTES.c.value_json)
@@ -251,18 +266,41 @@ class StudyTables:
         )
         if number is not None:
             query = query.where(TRIALS.c.number == number)
-        attributes: dict[str, Any] = {}
+        texts: dict[str, str] = {}
         current: tuple[int, TrialState] | None = None
         with self._engine.connect() as connection:
             for row in connection.execute(query):
                 if current is not None and current[0] != row.number:
-                    yield *current, attributes
-                    attributes = {}
+                    yield *current, without_checksum(texts, f"trial {current[0]}")
+                    texts = {}
                 current = (row.number, row.state)
                 if row.key is not None:
-                    attributes[row.key] = json.loads(row.value_json)
+                    texts[row.key] = row.value_json
         if current is not None:
-            yield *current, attributes
+            yield *current, without_checksum(texts, f"trial {current[0]}")
+
+    def put_study_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Add attributes to the study, or replace them, all of them or nothing."""
+        with self._engine.begin() as connection:
+            there = self._study_texts(connection)
+            replaced = {key: there[key] for key in (*attributes, CHECKSUM) if key in there}
+            for name, attribute in with_checksum(attributes, replaced).items():
+                row = {"study_id": self._study_id, "key": name, "value_json": json.dumps(attribute)}
+                PUT_STUDY_ATTRIBUTE(connection, row)
+
+    def read_study_attributes(self) -> dict[str, Any]:
+        """Return the study's user attributes.
+
+        Raises:
+            ValueError: If they are not what was written.
+        """
+        with self._engine.connect() as connection:
+            return without_checksum(self._study_texts(connection), "the sweep")
+
+    def _study_texts(self, connection: Connection) -> dict[str, str]:
+        query = select(STUDY_ATTRIBUTES.c.key, STUDY_ATTRIBUTES.c.value_json)
+        rows = connection.execute(query.where(STUDY_ATTRIBUTES.c.study_id == self._study_id))
+        return {row.key: row.value_json for row in rows}
 
     def _rows(self, connection: Connection, table: Table, order: Any) -> Iterator[Any]:
         query = select(table).join(TRIALS, TRIALS.c.trial_id == table.c.trial_id)

@@ -24,7 +24,7 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack, default_cache_dir
 from lightning_modules.errors import InputError
 from lightning_modules.feature_cache import FeatureCache
-from lightning_modules.feature_store import FeatureStore
+from lightning_modules.feature_store import FeatureStore, Moment
 from lightning_modules.weights import WeightOrigin, num_initial_backbones
 from search.data import check_same_data, prepare_data
 from search.space import Choice
@@ -60,7 +60,7 @@ class Run:
         weights: Each backbone's initial weights, as a file that every node can read.
         precisions: What each backbone is trained in, as Lightning names it.
         on_gpu: Whether a trial is given a GPU; one may be visible without.
-        started_s: When the run began, in seconds since 1970.
+        started: When the run began.
         source_digest: Of the code that every node of a cluster must have; none on one machine.
     """
 
@@ -70,7 +70,7 @@ class Run:
     weights: dict[str, WeightOrigin]
     precisions: dict[str, str]
     on_gpu: bool
-    started_s: float
+    started: Moment
     source_digest: str | None
 
 
@@ -154,7 +154,7 @@ def fit_trial(
     cache = FeatureCache(
         module,
         data,
-        store=feature_store(sweep.resources.feature_cache_gib, since_s=run.started_s),
+        store=feature_store(sweep.resources.feature_cache_gib, since=run.started),
         weights_digest=run.weights[params.backbone].digest,
         precision=precision,
         views_are_shared=are_views_shared(sweep),
@@ -213,13 +213,13 @@ def are_views_shared(sweep: Sweep) -> bool:
 
 
 @functools.cache
-def feature_store(limit_gib: float | None, *, since_s: float) -> FeatureStore | None:
+def feature_store(limit_gib: float | None, *, since: Moment) -> FeatureStore | None:
     """Return the node's store of features; none if it is turned off, or has no folder.
 
     Args:
         limit_gib: Its size; half of the memory, or of the disk's free space if that is less, where
             none is given: files that do not stay in memory are read from the disk every epoch.
-        since_s: When the run began.
+        since: When the run began.
     """
     try:
         folder = default_cache_dir() / "features"
@@ -231,7 +231,7 @@ def feature_store(limit_gib: float | None, *, since_s: float) -> FeatureStore | 
     limit = min(memory_bytes, free_bytes) / 2 if limit_gib is None else limit_gib * 2**30
     if limit == 0:
         return None
-    return FeatureStore(folder, limit_bytes=int(limit), since_s=since_s)
+    return FeatureStore(folder, limit_bytes=int(limit), since=since)
 
 
 def build_module(

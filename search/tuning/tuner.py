@@ -20,6 +20,7 @@ from lightning_modules.data.datamodule import source_loss_weights
 from lightning_modules.data.manifest import SPLITS, Manifest
 from lightning_modules.data.pack import Pack, default_cache_dir
 from lightning_modules.errors import InputError
+from lightning_modules.feature_store import current_moment
 from lightning_modules.files import write_atomically
 from lightning_modules.network_cost import measure_costs
 from lightning_modules.weights import WeightOrigin, find_weights
@@ -241,9 +242,11 @@ def resume_sweep(
         The sweep's record.
 
     Raises:
-        InputError: If the images or the initial weights are not the ones it was launched with.
+        InputError: If the record is damaged, or if the images or the initial weights are not the
+            ones it was launched with.
     """
     record = Record.open(sweep)
+    record.check()
     weights = recorded_weights(record)
     check_same_data(record.facts, manifest, pack)
     for backbone, origin in weights.items():
@@ -293,7 +296,7 @@ def _run_of(
         weights=weights,
         precisions=measured["precisions"],
         on_gpu=whole["gpu"] > 0,
-        started_s=time.time(),
+        started=current_moment(),
         source_digest=None if is_local else source_digest(),
     )
     num_slots = sweep.search.max_concurrent_trials or max_concurrent(smallest)
