@@ -6,7 +6,7 @@ map looks plausible: edge detectors do.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -79,8 +79,8 @@ def random_maps(shape: Sequence[int], *, seed: int) -> Tensor:
 
 def cascading_correlations(
     network: Network,
-    untrained: nn.Module,
-    module_names: Sequence[str],
+    untrained: Network,
+    steps: Mapping[str, Callable[[Network], Sequence[nn.Module]]],
     attribute: Callable[[Network], Tensor],
 ) -> dict[str, Values]:
     """Compare maps with those of a network whose weights are forgotten from the head on.
@@ -90,11 +90,12 @@ def cascading_correlations(
     Args:
         network: Trained; not changed.
         untrained: Of the same shape, with other weights.
-        module_names: In the order in which weights are replaced, the head first; each stays so.
+        steps: For each step its name, and which modules of a network have their weights replaced in
+            it, the head first; they stay so.
         attribute: From a network to maps ``(B, h, w)``, for the same images and classes each time.
 
     Returns:
-        For each module ``rank_correlations`` of the maps once it and those before it are replaced.
+        For each step ``rank_correlations`` of the maps after it.
 
     References:
         Adebayo et al., "Sanity Checks for Saliency Maps", 2018, section 3,
@@ -103,9 +104,9 @@ def cascading_correlations(
     trained_maps = attribute(network).numpy()
     forgetting = copy.deepcopy(network)
     correlations = {}
-    for name in module_names:
-        weights = untrained.get_submodule(name).state_dict()
-        forgetting.get_submodule(name).load_state_dict(weights)
+    for name, modules_of in steps.items():
+        for module, other in zip(modules_of(forgetting), modules_of(untrained), strict=True):
+            module.load_state_dict(other.state_dict())
         correlations[name] = rank_correlations(trained_maps, attribute(forgetting).numpy())
     return correlations
 

@@ -26,6 +26,11 @@ class BundledNetwork(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, -1, 1, 1))
         self.eval().requires_grad_(False)
 
+    @property
+    def members(self) -> tuple["BundledNetwork", ...]:
+        """Itself alone: it is mixed with nothing."""
+        return (self,)
+
     def forward(self, intensities: Tensor) -> Tensor:
         """Return logits ``(B, C)`` of ``(B, 1, H, W)`` grey intensities in [0, 1]."""
         logits: Tensor = self.head(self.backbone((intensities - self.mean) / self.std))

@@ -1,4 +1,4 @@
-"""Where in an image a bundle's network looks: Grad-CAM and Integrated Gradients, by captum.
+"""Where in an image a bundle's network looks: Grad-CAM and Integrated Gradients.
 
 Two methods that err differently. Grad-CAM reads the last stage: one pass, but cells as large as
 that stage's (32 px in most backbones, so 4 cells in an image of 64 px), and a gradient says what an
@@ -11,21 +11,19 @@ patches were larger than these, and Integrated Gradients at 87 %. Whether a map 
 tested in ``attribution_tests``.
 """
 
+import copy
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import kornia
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients, LayerGradCam
+from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from lightning_modules.backbones import Backbone
-from lightning_modules.bundle import load_bundle
-from lightning_modules.bundled_network import BundledNetwork
+from lightning_modules.bundled_mixture import Bundled
 from lightning_modules.errors import InputError
-from lightning_modules.stages import HEAD_MODULE
-from lightning_modules.state_dicts import from_torchvision, match_state_dict, read_state_dict
 
 # Points on the way, at the nodes of Gauss and Legendre.
 NUM_STEPS = 16
@@ -34,81 +32,36 @@ NUM_STEPS = 16
 MAX_IMAGES_A_PASS = 64
 
 
-def load_network(folder: Path) -> BundledNetwork:
-    """Rebuild a bundle's network from its safetensors file, without its sweep.
-
-    Its logits are those of ``model.onnx`` up to rounding.
-
-    Args:
-        folder: What ``neurosweep export`` wrote.
-
-    Raises:
-        InputError: If the folder is no bundle, a file is not the one that was exported, or the
-            weights are not those of the backbone and classes in ``config.json``.
-    """
-    bundle = load_bundle(folder)
-    name = bundle.config.get("backbone")
-    if name == "ensemble":
-        raise InputError(
-            f"explanations are of one network; {folder} holds several: export and explain one of "
-            "its trials"
-        )
-    if not isinstance(name, str) or name not in HEAD_MODULE:
-        raise InputError(
-            f"config.json of {folder} must name a backbone, one of {', '.join(HEAD_MODULE)}; got "
-            f"{name!r:.100}: export it again"
-        )
-    path = folder / "model.safetensors"
-    state, size_px = read_state_dict(path), bundle.image_size_px
-    backbone = Backbone(name, image_size_px=size_px)
-    matched = match_state_dict(name, state, path, image_size_px=size_px)
-    backbone.load_state_dict(from_torchvision(backbone, matched.state))
-    prefix = f"{HEAD_MODULE[name]}."
-    given = {
-        key.removeprefix(prefix): tensor.to(torch.float32)
-        for key, tensor in state.items()
-        if key.startswith(prefix)
-    }
-    head = nn.Linear(backbone.num_features, len(bundle.classes))
-    shapes = {key: tuple(tensor.shape) for key, tensor in given.items()}
-    expected = {key: tuple(tensor.shape) for key, tensor in head.state_dict().items()}
-    if shapes != expected:
-        raise InputError(
-            f"{path} must hold a linear head for {len(bundle.classes)} classes, {expected}; got "
-            f"{shapes}: export it again"
-        )
-    head.load_state_dict(given)
-    return BundledNetwork(backbone, head)
-
-
-def untrained_network(network: BundledNetwork, intensities: Tensor, *, seed: int) -> BundledNetwork:
+def untrained_network(network: Bundled, intensities: Tensor, *, seed: int) -> Bundled:
     """Return a network of the same shape with random weights, a function of the seed.
 
     BatchNorm's statistics are those of some images and their mirror images: as PyTorch starts them,
     activations of MobileNetV2 fade from stage to stage until no pixel makes a difference.
 
     Args:
-        network: Whose shape it has.
+        network: Whose shape it has; of a mixture also the share of each member.
         intensities: Shape ``(B, 1, H, W)``, float grey in [0, 1].
-        seed: Of the weights.
+        seed: Of the weights, no two members' alike.
     """
-    trained = network.backbone
+    untrained = copy.deepcopy(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = Backbone(trained.name, image_size_px=trained.image_size_px)
-        head = nn.Linear(network.head.in_features, network.head.out_features)
-    untrained = BundledNetwork(backbone, head)
-    layers = [layer for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d)]
-    for layer in layers:
-        layer.momentum = None  # the mean over all that is seen
-        layer.reset_running_stats()
-        layer.train()
+        for member in untrained.members:
+            trained, head = member.backbone, member.head
+            backbone = Backbone(trained.name, image_size_px=trained.image_size_px)
+            trained.load_state_dict(backbone.state_dict())
+            head.load_state_dict(nn.Linear(head.in_features, head.out_features).state_dict())
+    for layer in untrained.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None  # the mean over all that is seen
+            layer.reset_running_stats()
+            layer.train()
     with torch.no_grad():
         untrained(torch.cat([intensities, intensities.flip(3)]))
     return untrained.eval()
 
 
-def grad_cam(network: BundledNetwork, intensities: Tensor, targets: Tensor) -> Tensor:
+def grad_cam(network: Bundled, intensities: Tensor, targets: Tensor) -> Tensor:
     """Return Grad-CAM of the last stage: what speaks for a class there and, negative, against it.
 
     The published method shows the positive part alone; to compare maps the rest is of use, too. For
@@ -118,79 +71,107 @@ def grad_cam(network: BundledNetwork, intensities: Tensor, targets: Tensor) -> T
     A transformer's stages pass tokens on, and the patch tokens of the last one do not reach the
     head. Its Grad-CAM is of what the last stage is given, patch tokens laid out as the patches lie.
 
+    Of a mixture it is the sum of the Grad-CAMs of the mixture's one logit at each member's last
+    stage. A member has the share in it that its own answer has in the mixture's: where it does not
+    see the class, or is certain of it, the mixture hardly depends on it. So it is not the mean of
+    the maps that the members would have alone. Nor do its cells add up to the logit, which is the
+    logarithm of a probability: what speaks for another class speaks against this one.
+
     Args:
         network: In eval mode.
         intensities: Shape ``(B, 1, H, W)``, float grey in [0, 1].
         targets: Shape ``(B,)``, int64: the class to explain of each image.
 
     Returns:
-        Shape ``(B, h, w)``, float: one value a cell of the stage.
+        Shape ``(B, h, w)``, float: one value a cell of the stage; of a mixture of the stage that
+        has the most.
 
     Raises:
-        InputError: If the last stage has neither height and width nor a square of patch tokens.
+        InputError: If a last stage has neither height and width nor a square of patch tokens.
 
     References:
         Selvaraju et al., "Grad-CAM", 2017, https://arxiv.org/abs/1610.02391. On the last feature
         map of transformers: Gildenblat et al., pytorch-grad-cam,
         https://github.com/jacobgil/pytorch-grad-cam.
     """
-    last_stage = network.backbone.stages[-1]
-    # Parameters are frozen: without this there would be no gradient anywhere.
-    inputs = intensities.detach().requires_grad_(True)
+    watched: list[Tensor] = []  # of each member in turn, (B, C, h, w) or tokens (B, 1 + h * w, C)
+
+    def watch(values: Tensor) -> Tensor:
+        # A new leaf: what lies below has no part in the gradient, and keeps nothing for it.
+        watched.append(values.detach().requires_grad_(True))
+        return watched[-1]
+
+    def before(stage: nn.Module, given: tuple[Tensor]) -> tuple[Tensor] | None:
+        return (watch(given[0]),) if given[0].ndim == 3 else None
+
+    def after(stage: nn.Module, given: tuple[Tensor], output: Tensor) -> Tensor | None:
+        return None if given[0].ndim == 3 else watch(output)
+
     with torch.inference_mode(False), torch.enable_grad():
-        if _passes_tokens(network, intensities[:1]):
-            layout = _TokenLayout()
-            handle = last_stage.register_forward_pre_hook(lambda _, given: (layout(given[0]),))
-            try:
-                maps = _grad_cam_of(network, layout.map, inputs, targets)
-            finally:
+        stages = [member.backbone.stages[-1] for member in network.members]
+        handles = [stage.register_forward_pre_hook(before) for stage in stages]
+        handles += [stage.register_forward_hook(after) for stage in stages]
+        try:
+            logits = network(intensities)
+        finally:
+            for handle in handles:
                 handle.remove()
-        else:
-            maps = _grad_cam_of(network, last_stage, inputs, targets)
-    return maps[:, 0].detach()
+        for member, values in zip(network.members, watched, strict=True):
+            _check_places(values, member.backbone.name)
+        explained = logits.gather(1, targets[:, None]).sum()
+        gradients = torch.autograd.grad(explained, watched)
+    return _sum_of([_grad_cam_of(*pair) for pair in zip(watched, gradients, strict=True)])
 
 
-def _grad_cam_of(network: nn.Module, layer: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    maps: Tensor = LayerGradCam(network, layer).attribute(inputs, target=targets)
-    return maps
-
-
-def _passes_tokens(network: BundledNetwork, intensities: Tensor) -> bool:
-    """Tell whether stages pass tokens ``(B, N, D)`` on, by what the last one returns."""
-    shapes: list[tuple[int, ...]] = []
-    handle = network.backbone.stages[-1].register_forward_hook(
-        lambda _, __, output: shapes.append(tuple(output.shape))
-    )
-    try:
-        with torch.no_grad():
-            network(intensities)
-    finally:
-        handle.remove()
-    (shape,) = shapes
-    side = math.isqrt(max(0, shape[1] - 1))
-    if len(shape) == 3 and side * side == shape[1] - 1:
-        return True
-    if len(shape) != 4:
+def _check_places(values: Tensor, backbone: str) -> None:
+    num_patches = values.shape[1] - 1
+    is_square = values.ndim == 3 and num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches
+    if values.ndim != 4 and not is_square:
         raise InputError(
             "Grad-CAM needs a last stage with height and width, or with one class token and a "
-            f"square of patch tokens; {network.backbone.name} has {shape[1:]}: use "
+            f"square of patch tokens; {backbone} has {tuple(values.shape[1:])}: use "
             "integrated_gradients"
         )
-    return False
 
 
-class _TokenLayout(nn.Module):
-    """Passes tokens through unchanged, by way of a map ``(B, D, h, w)`` that captum can watch."""
+def _grad_cam_of(values: Tensor, gradient: Tensor) -> Tensor:
+    """Return the sum over channels, each weighted with its mean gradient: ``(B, h, w)``."""
+    if values.ndim == 3:
+        values, gradient = _laid_out(values), _laid_out(gradient)
+    return (gradient.mean(dim=(2, 3), keepdim=True) * values.detach()).sum(dim=1)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.map = nn.Identity()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        class_token, patches = tokens[:, :1], tokens[:, 1:]
-        side = math.isqrt(patches.shape[1])
-        laid_out = self.map(patches.transpose(1, 2).unflatten(2, (side, side)))
-        return torch.cat([class_token, laid_out.flatten(2).transpose(1, 2)], dim=1)
+def _laid_out(tokens: Tensor) -> Tensor:
+    """Return patch tokens ``(B, 1 + h * h, C)`` as the patches lie: ``(B, C, h, h)``."""
+    patches = tokens[:, 1:].transpose(1, 2)
+    side = math.isqrt(patches.shape[2])
+    laid_out: Tensor = patches.unflatten(2, (side, side))
+    return laid_out
+
+
+def _sum_of(maps: Sequence[Tensor]) -> Tensor:
+    """Add maps ``(B, h, w)`` at the size of the one with the most cells.
+
+    What a cell says is dealt out to the finer cells by the area that they share. So every map keeps
+    its sum, and is highest where it was; between cells interpolated it might do neither.
+    """
+    height, width = max((each.shape[1:] for each in maps), key=math.prod)
+    dealt_out = [
+        _shares(height, each.shape[1], each) @ each @ _shares(width, each.shape[2], each).T
+        for each in maps
+    ]
+    return torch.stack(dealt_out).sum(dim=0)
+
+
+def _shares(num_finer: int, num_cells: int, like: Tensor) -> Tensor:
+    """Return which share of each cell of a line lies in each finer one: ``(num_finer, num_cells)``.
+
+    The line is ``num_finer * num_cells`` long, so that all cells begin and end at whole numbers.
+    """
+    finer = torch.arange(num_finer, device=like.device)[:, None] * num_cells
+    cells = torch.arange(num_cells, device=like.device) * num_finer
+    overlap = torch.minimum(finer + num_cells, cells + num_finer) - torch.maximum(finer, cells)
+    return overlap.clamp_min(0).to(like.dtype) / num_finer
 
 
 def integrated_gradients(network: nn.Module, intensities: Tensor, targets: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbones import build_network
+from lightning_modules.bundled_mixture import mixed_logits
 from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.stages import HEAD_MODULE
@@ -27,13 +28,11 @@ Logits = npt.NDArray[np.float32]
 # What each classifier counts, and the classifier; one, or several whose probabilities are mixed.
 Members = Sequence[tuple[float, ImageClassifier]]
 
-SMALLEST_PROBABILITY = 1e-30
-
 _BATCH_SIZE = 32
 
 
 class Mixture(nn.Module):
-    """Several networks whose probabilities are mixed.
+    """Several networks whose probabilities are mixed, as the exported files do it: in float32.
 
     Args:
         networks: From grey intensities to logits.
@@ -49,12 +48,8 @@ class Mixture(nn.Module):
 
     def forward(self, intensities: Tensor) -> Tensor:
         """Return the logarithms of mixed probabilities ``(B, C)``, which are logits too."""
-        # A sum in a loop: the exporters need not stack what they can add.
-        mixed = self.weights[0] * torch.softmax(self.networks[0](intensities), dim=1)
-        for weight, network in zip(self.weights[1:], self.networks[1:], strict=True):
-            mixed = mixed + weight * torch.softmax(network(intensities), dim=1)
-        # Where all are certain that it is another class, there is no logarithm.
-        return torch.log(mixed.clamp_min(SMALLEST_PROBABILITY))
+        logits = [network(intensities) for network in self.networks]
+        return mixed_logits(logits, self.weights)
 
 
 def network_of(members: Members) -> nn.Module:

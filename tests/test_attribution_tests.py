@@ -118,6 +118,11 @@ class Chain(nn.Module):
             self.add_module(name, layer)
 
 
+STEPS = {
+    "head": lambda chain: [chain.head],
+    "others": lambda chain: [chain.second, chain.first],
+}
+
 IMAGES = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -130,25 +135,25 @@ def maps_of(network: Chain) -> Tensor:
 
 
 def test_the_same_weights_give_a_correlation_of_one_at_every_step() -> None:
-    found = cascading_correlations(Chain(0), Chain(0), ["head", "second", "first"], maps_of)
-    assert list(found) == ["head", "second", "first"]
+    found = cascading_correlations(Chain(0), Chain(0), STEPS, maps_of)
+    assert list(found) == ["head", "others"]
     for values in found.values():
         assert values == pytest.approx(np.ones(4))
 
 
 def test_weights_stay_forgotten_and_the_trained_network_as_it_is() -> None:
     trained, untrained = Chain(0), Chain(1)
-    found = cascading_correlations(trained, untrained, ["head", "second", "first"], maps_of)
+    found = cascading_correlations(trained, untrained, STEPS, maps_of)
     # At the end nothing trained is left.
     of_untrained = rank_correlations(maps_of(trained).numpy(), maps_of(untrained).numpy())
-    assert found["first"] == pytest.approx(of_untrained)
-    assert not np.allclose(found["first"], 1)
+    assert found["others"] == pytest.approx(of_untrained)
+    assert not np.allclose(found["others"], 1)
     assert torch.equal(maps_of(trained), maps_of(Chain(0)))
 
 
 def test_a_map_that_ignores_weights_is_found_out() -> None:
     found = cascading_correlations(
-        Chain(0), Chain(1), ["head"], lambda network: IMAGES.reshape(4, 4, 4)
+        Chain(0), Chain(1), STEPS, lambda network: IMAGES.reshape(4, 4, 4)
     )
     assert found["head"] == pytest.approx(np.ones(4))
 

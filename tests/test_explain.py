@@ -18,20 +18,23 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from lightning_modules.attribution_tests import rank_correlations
 from lightning_modules.backbones import Backbone
 from lightning_modules.bundle import FORMAT, load_bundle
+from lightning_modules.bundled_mixture import BundledMixture
 from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.phantom import PhantomSettings, write_phantoms
 from lightning_modules.errors import InputError
 from lightning_modules.explain import (
+    _sum_of,
     enlarge,
     grad_cam,
     hide,
     integrated_gradients,
-    load_network,
     untrained_network,
 )
+from lightning_modules.rebuilding import load_network
 from lightning_modules.state_dicts import to_torchvision
 from search.explanation.checks import point_at_phantoms, run_tests
 from search.explanation.explain import explain_images, print_explanation
@@ -196,6 +199,114 @@ def test_enlarged_maps_keep_what_is_constant_and_where_it_is_high() -> None:
     assert enlarge(corner, 8)[0, 7, 7] == 0
 
 
+# Mixtures
+
+WEIGHTS = (0.3, 0.7)
+ROWS = ([[3.0, 0.0], [-2.0, 1.0]], [[0.0, 4.0], [1.0, -1.0]])
+
+
+def member(rows: list[list[float]], num_cells: int) -> BundledNetwork:
+    """Its logits are a row's two numbers times mean(x) and mean(1 - x)."""
+    head = nn.Linear(2, 2, bias=False)
+    head.weight.data = torch.tensor(rows)
+    return BundledNetwork(to_backbone([Centred(), nn.AdaptiveAvgPool2d(num_cells)], 2), head)
+
+
+def mixture(*num_cells: int) -> BundledMixture:
+    return BundledMixture([member(*of) for of in zip(ROWS, num_cells, strict=True)], WEIGHTS)
+
+
+def parts_by_hand(given: Tensor, target: int, num_cells: tuple[int, ...]) -> list[Tensor]:
+    """What each member adds to the map of a mixture's logit, at its own cells.
+
+    The gradient of log(sum of w p) by a member's logits is its share of that sum, times one for the
+    class itself, less the member's probability of each class.
+    """
+    found = []
+    for rows, count in zip(ROWS, num_cells, strict=True):
+        cells = nn.functional.adaptive_avg_pool2d(given, count)[:, 0]
+        both = torch.stack([cells, 1 - cells], dim=1)
+        maps = torch.einsum("jk,bkhw->bjhw", torch.tensor(rows), both) / count**2  # of each logit
+        found.append((maps, maps.sum(dim=(2, 3)).softmax(1)))
+    mixed = sum(w * p[:, target] for w, (_, p) in zip(WEIGHTS, found, strict=True))
+    return [
+        (w * p[:, target] / mixed)[:, None, None]
+        * (maps[:, target] - (p[:, :, None, None] * maps).sum(dim=1))
+        for w, (maps, p) in zip(WEIGHTS, found, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_grad_cam_of_a_mixture_is_the_sum_of_its_logits_at_each_member(target: int) -> None:
+    given, targets = images(0, 1), torch.full((2,), target)
+    fine, coarse = parts_by_hand(given, target, (8, 4))
+    # A coarse cell covers four fine ones, which share what it says.
+    expected = fine + coarse.repeat_interleave(2, 1).repeat_interleave(2, 2) / 4
+    assert torch.allclose(grad_cam(mixture(8, 4), given, targets), expected, atol=1e-6)
+
+
+def test_cells_that_do_not_fit_into_each_other_keep_their_sum() -> None:
+    parts = parts_by_hand(images(0, 1), 1, (5, 3))
+    maps = grad_cam(mixture(5, 3), images(0, 1), torch.tensor([1, 1]))
+    assert maps.shape == (2, 5, 5)
+    expected = sum(part.sum(dim=(1, 2)) for part in parts)
+    assert maps.sum(dim=(1, 2)).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    # Of two cells in a line, three have two thirds, a third of each, and two thirds.
+    found = _sum_of([torch.tensor([[[3.0, 6.0], [0.0, 0.0]]]), torch.zeros(1, 3, 3)])
+    assert found[0].tolist() == [
+        pytest.approx([4 / 3, 2, 8 / 3]),
+        pytest.approx([2 / 3, 1, 4 / 3]),
+        [0, 0, 0],
+    ]
+
+
+def test_a_member_may_pass_tokens_on() -> None:
+    stages = [Centred(), nn.Sequential(nn.AdaptiveAvgPool2d(4), ToTokens()), Attend()]
+    plain = mixture(8, 4)
+    of_tokens = BundledNetwork(to_backbone(stages, 2), plain.members[1].head)
+    mixed = BundledMixture([plain.members[0], of_tokens], WEIGHTS)
+    given, targets = images(0, 1), torch.tensor([0, 1])
+    expected = grad_cam(plain, given, targets)
+    assert torch.allclose(grad_cam(mixed, given, targets), expected, atol=1e-6)
+    for stage in (each.backbone.stages[-1] for each in mixed.members):
+        assert not stage._forward_hooks
+        assert not stage._forward_pre_hooks
+
+
+def test_a_member_mixed_with_its_like_is_explained_as_it_is_alone_less_the_other_class() -> None:
+    alone, given = by_hand(), images(0, 1)
+    mixed = BundledMixture([by_hand(), by_hand()], (0.25, 0.75))
+    ours, others = torch.tensor([0, 1]), torch.tensor([1, 0])
+    # With two classes, log p is a function of the difference of their logits, of slope 1 - p.
+    slope = 1 - alone(given).softmax(1)[[0, 1], ours]
+    for method in (grad_cam, integrated_gradients):
+        difference = method(alone, given, ours) - method(alone, given, others)
+        found = method(mixed, given, ours)
+        assert rank_correlations(found.numpy(), difference.numpy()) == pytest.approx([1, 1])
+        if method is grad_cam:
+            assert torch.allclose(found, slope[:, None, None] * difference, atol=1e-6)
+
+
+def test_pixels_of_a_mixture_add_up_to_the_change_of_its_logit() -> None:
+    given, targets = images(0, 1), torch.tensor([0, 1])
+    network = mixture(8, 4)
+    change = (network(given) - network(hide(given)))[[0, 1], targets]
+    found = integrated_gradients(network, given, targets).sum(dim=(1, 2))
+    assert found.tolist() == pytest.approx(change.tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_what_a_mixture_is_certain_of_is_explained_too() -> None:
+    given, targets = images(0), torch.tensor([0])
+    pair = [by_hand(), by_hand()]
+    for each in pair:
+        each.head.bias.data = torch.tensor([20.0, 0.0])
+    doubt = pair[0](given).double().softmax(1)[0, 1].item()
+    assert 0 < doubt < 6e-8  # in float32 the class has a probability of 1, with no gradient
+    difference = grad_cam(by_hand(), given, targets) - grad_cam(by_hand(), given, 1 - targets)
+    found = grad_cam(BundledMixture(pair, (0.5, 0.5)), given, targets)
+    assert torch.allclose(found / doubt, difference, rtol=1e-3)
+
+
 # What to show
 
 
@@ -353,6 +464,112 @@ def test_an_untrained_network_tells_images_apart(trained: BundledNetwork) -> Non
     assert maps.abs().amax(dim=(1, 2)).min() > 1e-5
 
 
+def settings_of(*members: tuple[float, str]) -> list[dict[str, Any]]:
+    return [{"weight": weight, "params": {"backbone": name}} for weight, name in members]
+
+
+MIXED = settings_of((0.25, "mobilenet_v2"), (0.75, "mobilenet_v2"))
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[BundledNetwork]:
+    """Two networks that give what `constant_onnx` does, whatever they see."""
+    torch.manual_seed(2)
+    networks = []
+    for _ in range(2):
+        backbone = Backbone("mobilenet_v2", image_size_px=SIZE_PX)
+        head = nn.Linear(backbone.num_features, len(CLASSES))
+        head.weight.data.zero_()
+        head.bias.data = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+        networks.append(BundledNetwork(backbone, head))
+    return networks
+
+
+def write_mixed(folder: Path, networks: list[BundledNetwork], **changes: Any) -> Path:
+    state = {
+        f"members.{number}.{name}": tensor.clone()
+        for number, network in enumerate(networks)
+        for name, tensor in to_torchvision(network.backbone, network.head).items()
+    }
+    model = constant_onnx(len(CLASSES), SIZE_PX)
+    settings = {"backbone": "ensemble", "members": MIXED} | changes
+    return write_bundle(folder, state, model, CLASSES, **settings)
+
+
+def test_the_mixture_of_a_bundle_is_the_one_that_was_saved(
+    pair: list[BundledNetwork], tmp_path: Path
+) -> None:
+    network = load_network(write_mixed(tmp_path / "bundle", pair))
+    assert isinstance(network, BundledMixture)
+    assert network.weights == (0.25, 0.75)
+    assert not any(module.training for module in network.modules())
+    for found, saved in zip(network.members, pair, strict=True):
+        state = saved.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (None, "must list two members or more"),
+        ({"0": MIXED[0]}, "must list two members or more"),
+        (MIXED[:1], "must list two members or more"),
+        ([*MIXED, 3], "must list two members or more"),
+        ([{**MIXED[0], "weight": "0.25"}, MIXED[1]], "must list two members or more"),
+        ([{**MIXED[0], "weight": 0.5}, MIXED[1]], "that sum to 1"),
+        (
+            settings_of((-0.5, "mobilenet_v2"), (1.5, "mobilenet_v2")),
+            "weights above 0",
+        ),
+        ([{"weight": 0.25}, MIXED[1]], "must name a backbone"),
+        (settings_of((0.25, "mobilenet_v2"), (0.75, "ensemble")), "must name a backbone"),
+        (settings_of((0.25, "mobilenet_v2"), (0.75, "resnet50")), "model.safetensors"),
+        (settings_of(*[(0.25, "mobilenet_v2")] * 4), "model.safetensors"),
+    ],
+)
+def test_members_that_are_not_those_of_the_file_are_refused(
+    pair: list[BundledNetwork], tmp_path: Path, members: object, message: str
+) -> None:
+    folder = write_mixed(tmp_path / "bundle", pair, members=members)
+    with pytest.raises(InputError, match=message):
+        load_network(folder)
+
+
+def test_tensors_of_no_member_are_refused(pair: list[BundledNetwork], tmp_path: Path) -> None:
+    folder = write_mixed(tmp_path / "bundle", [*pair, pair[0]])
+    with pytest.raises(InputError, match=r"must hold the tensors of the 2 members.* 314 others"):
+        load_network(folder)
+
+
+def test_a_mixture_that_is_not_that_of_the_onnx_model_is_refused(
+    pair: list[BundledNetwork], trained: BundledNetwork, tmp_path: Path
+) -> None:
+    folder = write_mixed(tmp_path / "bundle", [pair[0], trained])
+    with pytest.raises(InputError, match=r"members and weights that model\.onnx mixes"):
+        load_network(folder)
+
+
+def test_an_untrained_mixture_has_weights_of_its_own_in_each_member(
+    pair: list[BundledNetwork],
+) -> None:
+    network = BundledMixture(pair, (0.25, 0.75))
+    untrained = untrained_network(network, images(0), seed=4)
+    assert isinstance(untrained, BundledMixture)
+    assert untrained.weights == network.weights
+    first, second = untrained.members
+    assert not torch.equal(first.head.weight, second.head.weight)
+    assert (pair[0].head.weight == 0).all()  # the trained one is as it was
+    alone = untrained_network(pair[0], images(0), seed=4)
+    assert torch.equal(alone.members[0].head.weight, first.head.weight)
+
+
+def test_the_members_of_a_mixture_are_named(pair: list[BundledNetwork], tmp_path: Path) -> None:
+    folder = write_mixed(tmp_path / "bundle", pair)
+    result = explain_images(folder, [png(tmp_path / "1.png", 0)], tmp_path / "out", num_tests=0)
+    assert result["backbone"] == "ensemble"
+    assert result["members"] == ["mobilenet_v2", "mobilenet_v2"]
+
+
 class Normalised(nn.Module):
     """What ``neurosweep export`` writes: the trained module, its normalisation written out."""
 
@@ -412,6 +629,7 @@ def test_images_become_overlays_and_arrays(bundle: Path, tmp_path: Path) -> None
     given = [png(tmp_path / "DOE^JANE" / "1.png", 0), png(tmp_path / "ROE" / "1.png", 1)]
     out = tmp_path / "out"
     result = explain_images(bundle, given, out, num_tests=0)
+    assert (result["backbone"], result["members"]) == ("mobilenet_v2", ["mobilenet_v2"])
     assert json.loads((out / "explanation.json").read_text()) == result
     listed = {"explanation.json"}
     for row in result["images"]:
@@ -504,6 +722,29 @@ def test_the_tests_of_maps_say_what_they_compared() -> None:
         for values in forgotten.values():
             assert values["spearman"] == pytest.approx(1)
             assert values["num_flat_maps"] == 0
+
+
+def test_the_weights_of_all_members_are_forgotten_alike() -> None:
+    network, untrained = mixture(8, 4), mixture(8, 4)
+    for each in untrained.members:
+        each.head.weight.data = each.head.weight.data.flip(0)
+    given = images(0, 1, 2)
+    result = run_tests(network, untrained, given, seed=0, progress=lambda *done: None)
+    targets = network(given).argmax(1)
+    before, after = (grad_cam(each, given, targets).numpy() for each in (network, untrained))
+    # The heads are all that they have in weights: after the first step nothing is left.
+    forgotten = result["grad_cam"]["weights_forgotten_down_to"]
+    assert list(forgotten) == ["head", "stage 2", "stage 1"]
+    for values in forgotten.values():
+        assert values["spearman"] == pytest.approx(rank_correlations(before, after).mean())
+
+
+def test_the_pointing_game_takes_a_mixture() -> None:
+    alone = point_at_phantoms(by_hand(), ("benign_tumor", "other"), SIZE_PX, 20, seed=0)
+    pair = BundledMixture([by_hand(), by_hand()], (0.5, 0.5))
+    mixed = point_at_phantoms(pair, ("benign_tumor", "other"), SIZE_PX, 20, seed=0)
+    # Both logits of this one have their extremes where the image has.
+    assert mixed["grad_cam"]["num_hits"] == alone["grad_cam"]["num_hits"]
 
 
 def test_the_pointing_game_finds_the_lesion_where_the_network_does() -> None:

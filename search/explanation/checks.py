@@ -1,13 +1,14 @@
 """How well a network's maps do: against random ones, without weights, and on known lesions."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d
 
 from lightning_modules.attribution_tests import (
@@ -19,7 +20,7 @@ from lightning_modules.attribution_tests import (
     random_maps,
     replacement_curves,
 )
-from lightning_modules.bundled_network import BundledNetwork
+from lightning_modules.bundled_mixture import Bundled
 from lightning_modules.data.phantom import CLASSES, render_slice
 from lightning_modules.errors import InputError
 from lightning_modules.explain import (
@@ -45,8 +46,8 @@ def to_intensities(images: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def run_tests(
-    network: BundledNetwork,
-    untrained: BundledNetwork,
+    network: Bundled,
+    untrained: Bundled,
     intensities: Tensor,
     *,
     seed: int,
@@ -64,12 +65,15 @@ def run_tests(
     Returns:
         For each method mean areas and curves of deletion and insertion, beside those of random
         maps with as many cells, and the share of images where the map did better; and the mean
-        rank correlation with the maps of a network whose weights are drawn anew, from the head on.
+        rank correlation with the maps of a network whose weights are drawn anew, from the head on,
+        in all members of a mixture alike.
     """
     with torch.inference_mode():
         targets = torch.cat([network(part).argmax(1) for part in intensities.split(BATCH_SIZE)])
-    stages = range(len(network.backbone.stages), 0, -1)
-    modules = {"head": "head"} | {f"backbone.stages.{n - 1}": f"stage {n}" for n in stages}
+    num_stages = len(network.members[0].backbone.stages)
+    steps: dict[str, Callable[[Bundled], list[nn.Module]]] = {"head": _heads}
+    for number in range(num_stages, 0, -1):
+        steps[f"stage {number}"] = functools.partial(_stages, index=number - 1)
     curves: dict[str, dict[str, list[Tensor]]] = {}
     forgotten: dict[str, dict[str, list[Any]]] = {}
     starts = range(0, len(intensities), BATCH_SIZE)
@@ -83,7 +87,7 @@ def run_tests(
                 curves.setdefault(name, {}).setdefault(kind, []).append(values)
 
             def attribute(
-                other: BundledNetwork,
+                other: Bundled,
                 method: Any = method,
                 batch: Tensor = batch,
                 explained: Tensor = explained,
@@ -91,9 +95,9 @@ def run_tests(
                 maps: Tensor = method(other, batch, explained)
                 return maps
 
-            correlations = cascading_correlations(network, untrained, list(modules), attribute)
-            for module, of_images in correlations.items():
-                forgotten.setdefault(name, {}).setdefault(modules[module], []).append(of_images)
+            correlations = cascading_correlations(network, untrained, steps, attribute)
+            for step, of_images in correlations.items():
+                forgotten.setdefault(name, {}).setdefault(step, []).append(of_images)
     progress("testing maps", len(starts), len(starts))
     result: dict[str, Any] = {"num_images": len(intensities)}
     for name in METHODS:
@@ -102,15 +106,15 @@ def run_tests(
             "deletion": _against_random(joined["deletion"], joined["random_deletion"], sign=-1),
             "insertion": _against_random(joined["insertion"], joined["random_insertion"], sign=1),
             "weights_forgotten_down_to": {
-                module: _mean_correlation(np.concatenate(values))
-                for module, values in forgotten[name].items()
+                step: _mean_correlation(np.concatenate(values))
+                for step, values in forgotten[name].items()
             },
         }
     return result
 
 
 def point_at_phantoms(
-    network: BundledNetwork,
+    network: Bundled,
     classes: Sequence[str],
     image_size_px: int,
     num_images: int,
@@ -190,6 +194,14 @@ def point_at_phantoms(
     return result
 
 
+def _heads(network: Bundled) -> list[nn.Module]:
+    return [member.head for member in network.members]
+
+
+def _stages(network: Bundled, index: int) -> list[nn.Module]:
+    return [member.backbone.stages[index] for member in network.members]
+
+
 def _highest_cell(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Return row and column of the first highest cell of one map; NaN if it is flat."""
     if (values == values[0, 0]).all():
@@ -211,7 +223,7 @@ def _game(points: npt.NDArray[np.float64], masks: npt.NDArray[np.bool_]) -> dict
 
 
 def _curves(
-    network: BundledNetwork, intensities: Tensor, targets: Tensor, method: Any, seed: int
+    network: Bundled, intensities: Tensor, targets: Tensor, method: Any, seed: int
 ) -> dict[str, Tensor]:
     """Return deletion and insertion curves of a method's maps and of random ones, ``(B, n)``."""
     size_px, hidden = intensities.shape[-1], hide(intensities)

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.bundle import Bundle, load_bundle
-from lightning_modules.bundled_network import BundledNetwork
+from lightning_modules.bundled_mixture import Bundled
 from lightning_modules.data.decode import one_line
 from lightning_modules.data.manifest import hashed
 from lightning_modules.data.volumes import decode_slices, read_file
 from lightning_modules.errors import InputError
-from lightning_modules.explain import enlarge, load_network, untrained_network
+from lightning_modules.explain import enlarge, untrained_network
+from lightning_modules.rebuilding import load_network
 from lightning_modules.seeds import derive_seed
 from search.evaluation.data import Progress, read_manifest_or_sweep
 from search.explanation.checks import (
@@ -86,10 +87,12 @@ def explain_images(
     else:
         cases = _cases(opened, images)
         tested = np.array([case.image for case in cases[:num_tests]], np.uint8)
+    backbones = [member.backbone.name for member in network.members]
     result: dict[str, Any] = {
         "format": FORMAT,
         "use": "Research only. Not a medical device.",
-        "backbone": network.backbone.name,
+        "backbone": opened.config["backbone"],
+        "members": backbones,
         "classes": list(opened.classes),
         "model": opened.config["digests"],
         "leakage": opened.config.get("leakage") or {},
@@ -100,7 +103,8 @@ def explain_images(
         folder.mkdir()
         result["images"] = _write_maps(network, opened.classes, cases, folder, tell)
         if is_labelled:
-            page = write_gallery(cases, opened.classes, f"{network.backbone.name}: cases")
+            title = f"{', '.join(dict.fromkeys(backbones))}: cases"
+            page = write_gallery(cases, opened.classes, title)
             (folder / GALLERY_FILE).write_text(page, encoding="utf-8")
         if len(tested):
             intensities = to_intensities(tested)
@@ -225,7 +229,7 @@ def _decode(bundle: Bundle, paths: Sequence[Path]) -> Pixels:
 
 
 def _write_maps(
-    network: BundledNetwork,
+    network: Bundled,
     classes: Sequence[str],
     cases: Sequence[Case],
     folder: Path,
