@@ -9,6 +9,13 @@ class InputError(ValueError):
     """
 
 
+def said_by(error: BaseException) -> str:
+    """Return in one line what the first of several errors said, each raised from the one before."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def printable(text: str) -> str:
     r"""Return text as one line without anything that would steer a terminal, or is not UTF-8.
 

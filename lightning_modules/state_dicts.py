@@ -5,6 +5,7 @@ A file is untrusted input: only tensors are read, and each name in it is checked
 
 import hashlib
 import math
+import os
 import pickletools
 import zipfile
 from collections import Counter, OrderedDict
@@ -88,8 +89,9 @@ def read_state_dict(path: Path) -> State:
             check_header(path)
             content = safetensors.torch.load_file(path)
         else:
-            refuse_bombs(path)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:
+                refuse_bombs(file)
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except InputError as error:
         raise InputError(f"weights {path} {error}; save `model.state_dict()`") from error
     except (OSError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
@@ -112,34 +114,34 @@ def read_state_dict(path: Path) -> State:
     return dict(content)
 
 
-def refuse_bombs(path: Path) -> None:
+def refuse_bombs(file: IO[bytes]) -> None:
     """Refuse a file of torch that would take more memory than it has bytes.
+
+    Args:
+        file: At its start, where it is left.
 
     Raises:
         InputError: If it is compressed, is no such file, or calls what allocates as much as it is
             told to; the message does not name it.
         OSError: If it cannot be read.
     """
+    num_bytes = file.seek(0, os.SEEK_END)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             # torch stores its tensors as they are, and would inflate what is not.
             sizes = sum(entry.file_size for entry in entries)
-            if (
-                any(e.compress_type != zipfile.ZIP_STORED for e in entries)
-                or sizes > path.stat().st_size
-            ):
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sizes > num_bytes:
                 raise InputError("must not be compressed")
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
-                    with archive.open(entry) as file:
-                        _check_calls(file)
-            return
+                    with archive.open(entry) as pickled:
+                        _check_calls(pickled)
     except zipfile.BadZipFile:
-        pass
-    with path.open("rb") as file:
+        file.seek(0)
         for _ in range(_NUM_OLD_PICKLES):
             _check_calls(file)
+    file.seek(0)
 
 
 def match_state_dict(

@@ -108,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     report = _command(
         subparsers, "report", commands.report, "write a page on a sweep, or on several"
     )
-    report.add_argument("names", nargs="+", metavar="SWEEP", help="a sweep's name, or its folder")
+    report.add_argument(
+        "names", nargs="+", metavar="SWEEP", help="a sweep's name, or its folder or URL"
+    )
     _storage_option(report)
     report.add_argument(
         "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)"
@@ -173,10 +175,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("bundle", type=Path, metavar="BUNDLE")
     evaluate.add_argument(
         "--data",
-        type=Path,
+        type=place,
         required=True,
         metavar="MANIFEST|SWEEP",
-        help="the manifest with its splits, or the sweep's folder",
+        help="the manifest with its splits, or the sweep's folder or URL",
     )
     evaluate.add_argument(
         "--external", type=Path, metavar="FOLDER|MANIFEST", help="other images, evaluated whole"
@@ -200,7 +202,11 @@ def parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("bundle", type=Path, metavar="BUNDLE")
     explain.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE|SWEEP", help="files, or the sweep's folder"
+        "images",
+        type=place,
+        nargs="+",
+        metavar="IMAGE|SWEEP",
+        help="files, or the sweep's folder or URL",
     )
     explain.add_argument(
         "--out", type=Path, metavar="DIR", help="a new folder, instead of BUNDLE/explanation"
@@ -217,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
         subparsers, "doctor", commands.doctor, "look whether a sweep can run on this machine"
     )
     doctor.add_argument(
-        "--storage", type=Path, default=Path("sweeps"), metavar="DIR", help="where sweeps are to go"
+        "--storage", default="sweeps", metavar="DIR|URL", help="where sweeps are to go (sweeps/)"
     )
     _cluster_options(doctor)
 
@@ -257,7 +263,11 @@ def _setting_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a setting of the sweep file, such as search.num_trials=16",
     )
-    parser.add_argument("--storage", type=Path, metavar="DIR", help="where sweeps are (sweeps/)")
+    parser.add_argument(
+        "--storage",
+        metavar="DIR|URL",
+        help="where sweeps are: a folder, s3://BUCKET/PREFIX, or gs://BUCKET/PREFIX (sweeps/)",
+    )
     parser.add_argument(
         "--skip-bad-images", action="store_true", help="go on without unreadable images"
     )
@@ -280,13 +290,13 @@ def _command(subparsers: Any, name: str, run: Any, summary: str) -> argparse.Arg
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="SWEEP", help="a sweep's name, or its folder")
+    parser.add_argument("name", metavar="SWEEP", help="a sweep's name, or its folder or URL")
     _storage_option(parser)
 
 
 def _storage_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--storage", type=Path, default=Path("sweeps"), metavar="DIR", help="where sweeps are"
+        "--storage", default="sweeps", metavar="DIR|URL", help="where sweeps are (sweeps/)"
     )
 
 
@@ -320,6 +330,11 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="wait so long for a cluster that grows to start a node that a trial fits (0)",
     )
+
+
+def place(text: str) -> Path | str:
+    """Return a path; an address as it is, of which a path would make one slash of the two."""
+    return text if "://" in text else Path(text)
 
 
 def _positive(text: str) -> int:

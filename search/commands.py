@@ -4,7 +4,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import functools
 import os
 import shlex
 import shutil
@@ -50,7 +49,7 @@ def start_sweep(options: argparse.Namespace, settings: Mapping[str, Any]) -> tup
     from search.folder import new_folder
 
     with new_folder(sweep):
-        return _run_to_end(sweep, options, is_new=True, budget_s=budget_s)
+        return _run_to_end(sweep, options, budget_s=budget_s)
 
 
 def configured(options: argparse.Namespace, settings: Mapping[str, Any]) -> Any:
@@ -69,7 +68,7 @@ def configured(options: argparse.Namespace, settings: Mapping[str, Any]) -> Any:
             for spec in options.weights
         ]
     if options.storage is not None:
-        overrides["storage"] = str(options.storage)
+        overrides["storage"] = options.storage
     if options.skip_bad_images:
         overrides["data.skip_bad_images"] = True
     if options.group_duplicates or options.allow_leakage:
@@ -118,19 +117,21 @@ def resume(options: argparse.Namespace) -> None:
 
     with lock(sweep):
         record = Record.open(sweep)
-        if record.is_finished():
-            console = _console(for_people=not options.json)
-            print_trials(console, record, num_rows=20)
-            if options.json:
-                _tell_end(record, elapsed_s=0.0)
-            _finish(console, record, options.export)
-        else:
-            _exit(_run_to_end(sweep, options, is_new=False)[1])
+        with record.being_written():
+            if not record.is_finished():
+                _exit(_run_to_end(sweep, options, record)[1])
+                return
+        console = _console(for_people=not options.json)
+        print_trials(console, record, num_rows=20)
+        if options.json:
+            _tell_end(record, elapsed_s=0.0)
+        _finish(console, record, options.export)
 
 
 def _run_to_end(
-    sweep: Any, options: argparse.Namespace, *, is_new: bool, budget_s: float | None = None
+    sweep: Any, options: argparse.Namespace, record: Any = None, *, budget_s: float | None = None
 ) -> tuple[Any, int]:
+    """Run a new sweep, or go on with one that has a record; return as `start_sweep`."""
     from search.data import prepare_data
 
     console = _console(for_people=not options.json)
@@ -138,7 +139,7 @@ def _run_to_end(
     address = _cluster(options, console.print)
     with _bar(console) as bar:
         manifest, pack = prepare_data(sweep, _told_by(bar))
-    console.print(f"sweep   {sweep.name} in {sweep.folder}", soft_wrap=True)
+    console.print(f"sweep   {sweep.name} in {sweep.location}", soft_wrap=True)
     console.print(f"watch   {tensorboard_command(sweep)}", soft_wrap=True)
     _print_tunnel(console, "        ")
 
@@ -146,18 +147,18 @@ def _run_to_end(
     from search.trial_table import print_trials
     from search.tuning import tuner
 
-    run = functools.partial(tuner.launch_sweep, budget_s=budget_s) if is_new else tuner.resume_sweep
     again = f"neurosweep resume {sweep.reference}"
-    with said_how_to_go_on(console, again, if_there=sweep.folder / "sweep.yaml"):
-        record = run(
-            sweep,
-            manifest,
-            pack,
-            address=address,
-            tell=console.print,
-            wait_s=options.wait_s,
-            as_json=options.json,
-        )
+    with said_how_to_go_on(console, again, if_there=sweep):
+        given: dict[str, Any] = {
+            "address": address,
+            "tell": console.print,
+            "wait_s": options.wait_s,
+            "as_json": options.json,
+        }
+        if record is None:
+            record = tuner.launch_sweep(sweep, manifest, pack, budget_s=budget_s, **given)
+        else:
+            tuner.resume_sweep(record, manifest, pack, **given)
     elapsed_s = time.monotonic() - start_s
     print_trials(console, record, num_rows=20)
     if options.json:
@@ -186,14 +187,20 @@ def _tell_end(record: Any, *, elapsed_s: float, confirmation: dict[str, Any] | N
 
 
 @contextlib.contextmanager
-def said_how_to_go_on(console: Console, command: str, *, if_there: Path) -> Iterator[None]:
-    """Say how to go on with trials that were interrupted, or whose code is at fault."""
+def said_how_to_go_on(console: Console, command: str, *, if_there: Any) -> Iterator[None]:
+    """Say how to go on with trials that were interrupted, or whose code is at fault.
+
+    Args:
+        console: For people.
+        command: Goes on.
+        if_there: The sweep; nothing is said of one that was interrupted before it was launched.
+    """
     from search.tuning.faults import AlikeFailuresError
 
     try:
         yield
     except KeyboardInterrupt:
-        if if_there.exists():
+        if if_there.files.has("sweep.yaml"):
             console.print(f"interrupted; go on with\n  {command}", soft_wrap=True)
         raise
     except AlikeFailuresError as error:
@@ -349,8 +356,7 @@ def confirm(options: argparse.Namespace) -> None:
     sweep = open_sweep(options.name, options.storage)
     console = _console(for_people=not options.json)
     start_s = time.monotonic()
-    with lock(sweep):
-        record = Record.open(sweep)
+    with lock(sweep), (record := Record.open(sweep)).being_written():
         address = _cluster(options, console.print)
         from search.data import prepare_data
 
@@ -359,7 +365,7 @@ def confirm(options: argparse.Namespace) -> None:
         from search.confirm import confirm_sweep, print_confirmation
 
         command = shlex.join(["neurosweep", *sys.argv[1:]])
-        with said_how_to_go_on(console, command, if_there=sweep.folder):
+        with said_how_to_go_on(console, command, if_there=sweep):
             confirmation = confirm_sweep(
                 record,
                 manifest,
@@ -429,7 +435,7 @@ def ensemble(options: argparse.Namespace) -> None:
     _print_bundle(console, options.out, found.parity)
     if options.evaluate:
         _write_bundle(console, record, single, trial_number=found.best_number)
-        _evaluate(console, options.out, record.sweep.folder, baseline=single)
+        _evaluate(console, options.out, record.sweep.location, baseline=single)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -450,7 +456,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def _evaluate(
     console: Console,
     bundle: Path,
-    data: Path,
+    data: Path | str,
     *,
     external: Path | None = None,
     baseline: Path | None = None,

@@ -7,11 +7,11 @@ from typing import Any
 
 import shtab
 
-from search.cli import parser
+from search.cli import parser, place
 
 # Where the names of sweeps are meant; files and folders are told by an option's type and metavar.
 SWEEP_METAVAR = "SWEEP"
-FOLDER_METAVARS = ("DIR", "BUNDLE", "OUT")
+FOLDER_METAVARS = ("DIR", "DIR|URL", "BUNDLE", "OUT")
 
 # Both look into the folder that --storage names on the line, else into sweeps/.
 PREAMBLE = {
@@ -58,7 +58,7 @@ def script_for(shell: str) -> str:
             action.complete = SWEEP  # type: ignore[attr-defined]  # where shtab looks
         elif action.metavar in FOLDER_METAVARS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif action.type is Path or action.dest in ("data", "weights"):
+        elif action.type in (Path, place) or action.dest in ("data", "weights"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     # Its annotation says text; it documents, and takes, one text a shell.
     preamble: Any = PREAMBLE

@@ -17,6 +17,7 @@ from lightning_modules.stages import BACKBONES, check_image_size
 from lightning_modules.strict_yaml import MAX_YAML_BYTES, load_yaml
 from search.samplers.sampler import SAMPLERS, num_grid_points
 from search.space import Choice, Domain, Float, Int, Space
+from search.study.sweep_files import OBJECT_STORAGE, is_object_storage
 from search.sweep import COSTS, METRIC_MODES, PARAM_LIMITS, Sweep, TrialParams, WeightsSpec
 
 # Positive, and no further apart than float32 adds up.
@@ -36,15 +37,39 @@ def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     Raises:
         InputError: On the first thing that is wrong: file, dotted key, rule, value, remedy.
     """
-    document = _read_yaml(path)
+    if not path.is_file():
+        raise InputError(f"the sweep file must exist; nothing at {path}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: must be YAML; {error}") from error
+    return read_sweep(content, str(path), path.resolve().parent, overrides)
+
+
+def read_sweep(
+    content: bytes, source: str, base: Path, overrides: Mapping[str, Any] | None = None
+) -> Sweep:
+    """Read what a sweep file holds, wherever it came from.
+
+    Args:
+        content: Of the file.
+        source: What the file is called in messages.
+        base: The folder that relative paths of data and weights start from.
+        overrides: As of ``load_sweep``.
+
+    Raises:
+        InputError: As of ``load_sweep``.
+    """
+    document = _read_yaml(content, source)
     for dotted, value in (overrides or {}).items():
         _override(document, dotted, value)
     try:
-        return _checked(_build_sweep(document, base=path.resolve().parent))
+        return _checked(_build_sweep(document, base=base))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
     except RuntimeError as error:  # Path.expanduser
-        raise InputError(f"{path}: paths must not start with ~NAME; write them out") from error
+        raise InputError(f"{source}: paths must not start with ~NAME; write them out") from error
 
 
 def dump_sweep(sweep: Sweep) -> str:
@@ -54,20 +79,18 @@ def dump_sweep(sweep: Sweep) -> str:
     return yaml.safe_dump(_plain(document), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"the sweep file must exist; nothing at {path}")
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise InputError(f"{path}: a sweep file must be below 256 KiB; is it one?")
+def _read_yaml(content: bytes, source: str) -> dict[str, Any]:
+    if len(content) > MAX_YAML_BYTES:
+        raise InputError(f"{source}: a sweep file must be below 256 KiB; is it one?")
     try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
+        document = load_yaml(content.decode("utf-8"))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{source}: {error}") from error
+    except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: must be YAML; {reason[:300]}") from error
+        raise InputError(f"{source}: must be YAML; {reason[:300]}") from error
     if not isinstance(document, dict):
-        raise InputError(f"{path}: must be a mapping of settings; got {_shown(document)}")
+        raise InputError(f"{source}: must be a mapping of settings; got {_shown(document)}")
     return document
 
 
@@ -88,10 +111,14 @@ def _build_sweep(document: dict[str, Any], base: Path) -> Sweep:
         raise InputError("data must say which images: data.path, or data.phantom")
     plain = {k: v for k, v in document.items() if k not in ("space", "weights", "objectives")}
     sweep: Sweep = _build(Sweep, plain, "")
+    if is_object_storage(sweep.storage):
+        check_address(sweep.storage)
     changes: dict[str, Any] = {
         **_build_objectives(document),
         # Results belong where the command is run, not beside the sweep file.
-        "storage": str(Path(sweep.storage).expanduser().resolve()),
+        "storage": sweep.storage.rstrip("/")
+        if is_object_storage(sweep.storage)
+        else str(Path(sweep.storage).expanduser().resolve()),
         "weights": _build_weights(document.get("weights", "imagenet"), base),
     }
     if sweep.data.path is not None:
@@ -286,6 +313,7 @@ def _checked(sweep: Sweep) -> Sweep:
             "name must be 1 to 64 letters, digits, dots, dashes, or underscores, a letter or digit "
             f"first; got {_shown(sweep.name)}"
         )
+    _check_places(sweep)
     _one_of(sweep.metric, tuple(METRIC_MODES), "metric")
     _one_of(sweep.search.sampler, SAMPLERS, "search.sampler")
     _within("seed", sweep.seed, 0, 2**31 - 1)
@@ -334,6 +362,39 @@ def _checked(sweep: Sweep) -> Sweep:
             raise InputError(f"data.{error}") from error
     _check_sampler(sweep)
     return sweep
+
+
+def check_address(storage: str) -> None:
+    """Refuse an address of an object storage that is of another kind, or holds a secret.
+
+    Raises:
+        InputError: If so; the address is not repeated.
+    """
+    if OBJECT_STORAGE.fullmatch(storage.rstrip("/")) is None or {".", ".."} & {*storage.split("/")}:
+        raise InputError(
+            "storage must be a folder, s3://BUCKET/PREFIX, or gs://BUCKET/PREFIX, in letters, "
+            "digits, dots, dashes, and underscores; it is an address of another kind, or holds "
+            "more: credentials and the endpoint belong into the environment"
+        )
+
+
+def _check_places(sweep: Sweep) -> None:
+    """Check where files and study go; nothing of a secret is repeated in a message."""
+    url = sweep.study_url or ""
+    # The sweep file is copied to the storage, and the address into messages.
+    authority, _, query = url.partition("://")[2].partition("?")
+    user, at, _ = authority.rpartition("@")
+    if (at and ":" in user) or "password=" in query or "sslpassword=" in query:
+        raise InputError(
+            "study_url must hold no password; it does: take it out, and set PGPASSWORD or write "
+            "~/.pgpass"
+        )
+    if is_object_storage(sweep.storage) and not url.startswith("postgresql"):
+        raise InputError(
+            "study_url must be a PostgreSQL server's where storage is an object storage, which no "
+            f"database file can lie in; got {url.partition(':')[0] or 'none'}: set study_url, such "
+            "as postgresql://USER@HOST/DATABASE"
+        )
 
 
 def _check_params(sweep: Sweep) -> None:

@@ -5,9 +5,10 @@ of drawn, none is stopped early, and everything that is cached is used again. It
 and widened by asking for more candidates or seeds.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,15 @@ from rich.table import Table
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
-from lightning_modules.files import write_atomically
 from lightning_modules.seeds import derive_seed
 from search.comparison import interval, paired_difference, probability_best
 from search.config import dump_sweep
 from search.folder import lock
 from search.pareto import front
-from search.results import has_checkpoint, rank, score, verdict
+from search.results import rank, score, verdict, with_checkpoint
 from search.study.record import Record
 from search.study.recorded import Trial
+from search.study.storage import discard_empty_study
 from search.sweep import Sweep, TrialParams
 from search.tuning import tuner
 
@@ -72,17 +73,17 @@ def confirm_sweep(
         for index in range(seeds)
     }
     confirming = _confirming(record.sweep, len(wanted))
-    with lock(confirming):
-        runs = _open(confirming, record.facts)
+    with lock(confirming), _open(confirming, record.facts, manifest) as runs:
         # One that failed for any reason but its params is run anew.
         there = {(run.params, run.seed) for run in runs.trials() if _counts(run)}
         for params, seed, view_seed in wanted.values():
             if (params, seed) not in there:
                 runs.add(params, seed=seed, view_seed=view_seed)
         confirming = _confirming(record.sweep, runs.num_trials)
-        write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
-        runs = tuner.resume_sweep(
-            confirming,
+        confirming.files.write("sweep.yaml", dump_sweep(confirming).encode())
+        runs.sweep = confirming
+        tuner.resume_sweep(
+            runs,
             manifest,
             pack,
             address=address,
@@ -205,7 +206,7 @@ def _plain(prefix: str, found: Any) -> dict[str, float | None]:
 def _candidates(record: Record, top: int) -> list[Trial]:
     """Return the best trials that can be exported, and the baseline."""
     trials = record.trials()
-    finished = [trial for trial in trials if has_checkpoint(trial, record.sweep)]
+    finished = with_checkpoint(trials, record.sweep)
     ranked = [t for t in rank(finished, record.sweep) if score(t, record.sweep) > -math.inf]
     if not ranked:
         raise InputError(
@@ -229,23 +230,28 @@ def _confirming(sweep: Sweep, num_trials: int) -> Sweep:
     return dataclasses.replace(
         sweep,
         name=f"{sweep.name[:56]}-confirm",
-        storage=str(sweep.folder),
+        storage=sweep.location,
         objectives=None,
         search=search,
         scheduler=None,
     )
 
 
-def _open(confirming: Sweep, facts: dict[str, Any]) -> Record:
-    """Return the confirmation's record; a new one with the sweep's facts if there is none."""
-    if (confirming.folder / "sweep.yaml").is_file():
-        return Record.open(confirming)
-    # Left by a command that was killed before there was anything to go on with.
-    (confirming.folder / "study.db").unlink(missing_ok=True)
-    kept = {name: value for name, value in facts.items() if name != "confirmation"}
-    record = Record.create(confirming, kept)
-    write_atomically(confirming.folder / "sweep.yaml", dump_sweep(confirming).encode())
-    return record
+@contextlib.contextmanager
+def _open(confirming: Sweep, facts: dict[str, Any], manifest: Manifest) -> Iterator[Record]:
+    """Open the confirmation's record for writing; a new one with the sweep's facts if need be."""
+    if confirming.files.has("sweep.yaml"):
+        record = Record.open(confirming)
+    else:
+        # Left by a command that was killed before there was anything to go on with.
+        discard_empty_study(confirming)
+        kept = {name: value for name, value in facts.items() if name != "confirmation"}
+        record = Record.create(confirming, kept)
+        # For nodes that have yet to decode the images.
+        confirming.files.write("manifest.csv", manifest.csv())
+        confirming.files.write("sweep.yaml", dump_sweep(confirming).encode())
+    with record.being_written():
+        yield record
 
 
 def _counts(run: Trial) -> bool:

@@ -47,9 +47,10 @@ def prepare_data(sweep: Sweep, progress: Progress | None = None) -> tuple[Manife
         skip_bad_images=settings.skip_bad_images,
         progress=progress and functools.partial(progress, "decoding images"),
     )
-    if (sweep.folder / "sweep.yaml").is_file():
+    if sweep.files.has("sweep.yaml"):
         # Launched before: which images are copies is a matter of rounding at the margin.
-        return with_splits_of(manifest, sweep.folder / "manifest.csv"), pack
+        with sweep.files.local("manifest.csv") as written:
+            return with_splits_of(manifest, written), pack
     has_splits = bool(manifest.frame["split"].any())
     if settings.duplicates == "group" or (settings.duplicates == "refuse" and not has_splits):
         manifest = group_duplicates(manifest, _duplicates(pack, progress))

@@ -17,6 +17,8 @@ from rich.text import Text
 
 from lightning_modules.data.pack import default_cache_dir
 from lightning_modules.errors import InputError
+from search.config import check_address
+from search.study.sweep_files import check_object_storage, is_object_storage
 
 # What a sweep writes at least: the pack, checkpoints of a few trials, TensorBoard's files.
 FREE_GIB = 5.0
@@ -44,7 +46,7 @@ class Finding:
     is_fatal: bool = False
 
 
-def examine(storage: Path, address: str | None) -> Iterator[Finding]:
+def examine(storage: str, address: str | None) -> Iterator[Finding]:
     """Look at this machine, one finding after another, and at Ray.
 
     Args:
@@ -56,11 +58,11 @@ def examine(storage: Path, address: str | None) -> Iterator[Finding]:
         _cpus,
         _gpus,
         _precision,
-        lambda: _folder("storage", storage.absolute(), "give another with --storage"),
+        lambda: _storage(storage),
         lambda: _folder("cache", default_cache_dir(), "set NEUROSWEEP_CACHE to another"),
         _weights,
         _tensorboard,
-        lambda: _ray(storage.absolute(), address),
+        lambda: _ray(storage, address),
     )
     for look in looks:
         yield look()
@@ -168,6 +170,17 @@ def _folder(name: str, folder: Path, remedy: str) -> Finding:
     return Finding(name=name, text=f"{folder}, {free_gib:.0f} GiB free", trouble=trouble)
 
 
+def _storage(storage: str) -> Finding:
+    if not is_object_storage(storage):
+        return _folder("storage", Path(storage).absolute(), "give another with --storage")
+    try:
+        check_address(storage)
+        check_object_storage(storage)
+    except InputError as error:
+        return Finding(name="storage", text="an object storage", trouble=str(error), is_fatal=True)
+    return Finding(name="storage", text=f"{storage}, writes, reads, and deletes")
+
+
 def _weights() -> Finding:
     from lightning_modules.stages import BACKBONES
     from lightning_modules.weight_files import imagenet_file
@@ -185,7 +198,7 @@ def _weights() -> Finding:
     return Finding(name="weights", text=text, trouble=trouble)
 
 
-def _ray(storage: Path, address: str | None) -> Finding:
+def _ray(storage: str, address: str | None) -> Finding:
     import ray
 
     from search.tuning.nodes import check_storage
@@ -198,7 +211,9 @@ def _ray(storage: Path, address: str | None) -> Finding:
                 # A whole worker, on the loopback device, with a token: what a sweep needs.
                 ray.get(ray.remote(lambda: None).remote(), timeout=RAY_ANSWER_WITHIN_S)
                 return Finding(name="ray", text="starts here, on loopback, with a token of its own")
-            storage.mkdir(parents=True, exist_ok=True)
+            if not is_object_storage(storage):
+                storage = str(Path(storage).absolute())
+                Path(storage).mkdir(parents=True, exist_ok=True)
             check_storage(storage, tell=table.append)
     except InputError as error:
         return Finding(name="ray", text=_below(table), trouble=str(error), is_fatal=True)

@@ -1,4 +1,4 @@
-"""A sweep's folder: new, writable, and held by one process at a time."""
+"""A sweep's folder, or its place in an object storage: new, writable, and one process's."""
 
 import contextlib
 import errno
@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 
 from lightning_modules.errors import InputError
+from search.study.storage import check_name_is_free, in_use
+from search.study.sweep_files import check_object_storage, is_object_storage
 from search.sweep import Sweep
 
 
@@ -15,10 +17,21 @@ from search.sweep import Sweep
 def new_folder(sweep: Sweep) -> Iterator[None]:
     """Create a sweep's folder and hold it; take it away again if no sweep comes of it.
 
+    In an object storage there is nothing to create: the name is the study's, which no two sweeps
+    can have.
+
     Raises:
-        InputError: If there is a sweep in it already, or it cannot be written.
+        InputError: If there is a sweep in it already, or it cannot be written; or if the study's
+            server cannot be reached, or has a study of that name.
     """
+    if is_object_storage(sweep.storage):
+        check_object_storage(sweep.location)
     _check_new(sweep)
+    if sweep.study_url is not None:
+        check_name_is_free(sweep)
+    if is_object_storage(sweep.storage):
+        yield
+        return
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=sweep.folder) as probe:
@@ -49,27 +62,29 @@ def new_folder(sweep: Sweep) -> Iterator[None]:
 
 def _check_new(sweep: Sweep) -> None:
     # A folder with a sweep.yaml can be resumed.
-    if (sweep.folder / "sweep.yaml").exists():
+    if sweep.files.has("sweep.yaml"):
         raise InputError(
-            f"the sweep's name must be new; {sweep.folder} exists: `neurosweep resume "
+            f"the sweep's name must be new; {sweep.location} exists: `neurosweep resume "
             f"{sweep.reference}` goes on with it, `--name` takes another"
         )
 
 
 @contextlib.contextmanager
 def lock(sweep: Sweep) -> Iterator[None]:
-    """Hold the sweep, so that no two processes run it; let go by the system if this one dies.
+    """Hold a sweep's folder, so that no two processes run it; let go if this one dies.
+
+    A sweep without a folder has its study on a server, where ``Record.being_written`` holds it.
 
     Raises:
         InputError: If another process holds it.
     """
+    if is_object_storage(sweep.storage):
+        yield
+        return
     sweep.folder.mkdir(parents=True, exist_ok=True)
     with (sweep.folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(
-                f"a sweep runs in one process at a time; another runs {sweep.name}: wait for it, "
-                f"or look with `neurosweep top {sweep.reference}`"
-            ) from error
+            raise in_use(sweep) from error
         yield

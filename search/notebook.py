@@ -47,7 +47,8 @@ def launch(
         weights: ``imagenet``, ``random``, a state dict, a folder of them, or several to try.
         name: Instead of the sweep file's name.
         set: Settings that override the file's, by dotted key: ``{"search.num_trials": 16}``.
-        storage: Where sweeps are; ``sweeps`` below the current folder if not given.
+        storage: Where sweeps are, a folder or an address; ``sweeps`` below the current folder if
+            not given.
         skip_bad_images: Go on without unreadable images.
         group_duplicates: Move images of one picture into one split.
         allow_leakage: Launch with copies in two splits.
@@ -74,7 +75,7 @@ def launch(
         data=None if data is None else str(data),
         weights=None if given is None else [str(spec) for spec in given],
         name=name,
-        storage=None if storage is None else Path(storage),
+        storage=None if storage is None else str(storage),
         skip_bad_images=skip_bad_images,
         group_duplicates=group_duplicates,
         allow_leakage=allow_leakage,
@@ -101,8 +102,8 @@ def load_results(name: str | Path, *, storage: str | Path = "sweeps") -> "Result
     """Return the results of a sweep, also while it runs.
 
     Args:
-        name: The sweep's name, or its folder.
-        storage: The folder that sweeps are in.
+        name: The sweep's name, or its folder or address.
+        storage: The folder that sweeps are in, or its address in an object storage.
 
     Raises:
         InputError: If there is no such sweep; the ones there are named.
@@ -110,7 +111,7 @@ def load_results(name: str | Path, *, storage: str | Path = "sweeps") -> "Result
     from search.results import open_sweep
     from search.study.record import Record
 
-    return Results(Record.open(open_sweep(str(name), Path(storage))))
+    return Results(Record.open(open_sweep(str(name), storage)))
 
 
 class Results:

@@ -5,7 +5,6 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,14 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.feature_store import current_moment
-from lightning_modules.weights import WeightOrigin
 from search.data import check_same_data
+from search.study.origins import recorded_weights
 from search.study.record import Record, encode_metrics
 from search.study.recorded import CheckpointFile, Epoch, Trial
+from search.study.sweep_files import LocalFiles, SweepFiles
+from search.tuning.checkpoint import read_checkpoint
 from search.tuning.checkpoint_files import is_whole
+from search.tuning.shared_weights import local_weights
 from search.tuning.trial import Run, fit_trial
 from search.tuning.tuner import check_same_weights
 
@@ -105,8 +107,9 @@ def replay_trial(
     trial = check_trial(record, number)
     facts = record.facts
     check_same_data(facts, manifest, pack)
-    weights = {name: WeightOrigin(**fact) for name, fact in facts["weights"].items()}
-    check_same_weights(trial.params.backbone, weights[trial.params.backbone])
+    backbone = trial.params.backbone
+    origin = recorded_weights(record)[backbone]
+    check_same_weights(backbone, origin)
     sweep = record.sweep
     without_store = dataclasses.replace(sweep.resources, feature_cache_gib=0.0)
     was_on_gpu = " cuda" in trial.epochs[0].ran_on
@@ -114,7 +117,7 @@ def replay_trial(
         sweep=dataclasses.replace(sweep, resources=without_store),
         manifest=manifest,
         pack=pack,
-        weights=weights,
+        weights={backbone: local_weights(origin)},
         precisions=facts["measured"]["precisions"],
         on_gpu=was_on_gpu and torch.cuda.is_available(),
         started=current_moment(),
@@ -138,11 +141,11 @@ def replay_trial(
             raise _EnoughError
 
     with tempfile.TemporaryDirectory(prefix="neurosweep-replay-") as scratch:
-        folder = Path(scratch)
-        (folder / "trials").mkdir()  # workers make none, lest they write beneath a lost mount
+        files = LocalFiles(scratch)
+        (files.folder / "trials").mkdir()  # workers make none, lest they write beneath a lost mount
         with _threads(sweep.resources.cpus_per_trial), contextlib.suppress(_EnoughError):
-            fit_trial(config, run, folder=folder, report=take)
-        told, has_same_weights = _compare_weights(sweep.folder, trial, folder, reports[-1]["best"])
+            fit_trial(config, run, files=files, report=take)
+        told, has_same_weights = _compare_weights(sweep.files, trial, files, reports[-1]["best"])
     num_compared, differences = compare_epochs(trial.epochs, reports)
     return Replay(
         trial=trial,
@@ -215,7 +218,7 @@ def compare_tensors(then: Mapping[str, torch.Tensor], now: Mapping[str, torch.Te
 
 
 def _compare_weights(
-    sweep_folder: Path, trial: Trial, folder: Path, best: Mapping[str, Any] | None
+    then: SweepFiles, trial: Trial, now: SweepFiles, best: Mapping[str, Any] | None
 ) -> tuple[str, bool | None]:
     """Compare the best epoch's checkpoint: by tensors where it is kept, by its digest where not."""
     kept = trial.epochs[-1].best
@@ -223,19 +226,20 @@ def _compare_weights(
         if kept is None and best is None:
             return "no epoch had weights worth keeping, then and now", None
         return f"a best epoch there was only {'then' if best is None else 'now'}", False
-    now = CheckpointFile(**best)
-    if now.epoch != kept.epoch:
-        return f"the best epoch was {kept.epoch}, and is {now.epoch}", False
-    if now.digest == kept.digest:
+    made = CheckpointFile(**best)
+    if made.epoch != kept.epoch:
+        return f"the best epoch was {kept.epoch}, and is {made.epoch}", False
+    if made.digest == kept.digest:
         return f"the weights of epoch {kept.epoch} are the same file, sha256 {kept.digest}", True
-    if not is_whole(sweep_folder, kept):
+    if not is_whole(then, kept):
         return (
             f"the weights of epoch {kept.epoch} had sha256 {kept.digest[:12]}, and have "
-            f"{now.digest[:12]}; the file is not kept, so there is no telling which tensors differ",
+            f"{made.digest[:12]}; the file is not kept, so there is no telling which tensors "
+            "differ",
             False,
         )
-    files = (sweep_folder / kept.path, folder / now.path)
-    then_tensors, now_tensors = (torch.load(f, weights_only=True)["state_dict"] for f in files)
+    checkpoints = read_checkpoint(then, kept), read_checkpoint(now, made)
+    then_tensors, now_tensors = (found["state_dict"] for found in checkpoints if found is not None)
     differing = compare_tensors(then_tensors, now_tensors)
     if differing:
         return (

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.errors import InputError
-from search.config import load_sweep
+from search.config import check_address, load_sweep, read_sweep
 from search.study.record import Record
 from search.study.recorded import Trial
+from search.study.sweep_files import ObjectFiles, StorageError, is_object_storage, remedy_for
 from search.sweep import Sweep
 
 
@@ -26,22 +27,32 @@ def rank(trials: list[Trial], sweep: Sweep) -> list[Trial]:
     return sorted(trials, key=lambda trial: (-score(trial, sweep), trial.number))
 
 
-def has_checkpoint(trial: Trial, sweep: Sweep) -> bool:
-    """Tell whether a trial that ended well still has the checkpoint of its best epoch."""
-    best = trial.epochs[-1].best if trial.epochs and trial.state != "failed" else None
-    return best is not None and (sweep.folder / best.path).is_file()
+def with_checkpoint(trials: list[Trial], sweep: Sweep) -> list[Trial]:
+    """Return the trials that ended well and still have the checkpoint of their best epoch."""
+    there = set(sweep.files.names("trials"))
+    return [
+        trial
+        for trial in trials
+        if trial.epochs and trial.state != "failed"
+        if (best := trial.epochs[-1].best) is not None and best.path in there
+    ]
 
 
-def open_sweep(name: str, storage: Path) -> Sweep:
+def open_sweep(name: str, storage: Path | str) -> Sweep:
     """Read the settings that a sweep was launched with.
 
     Args:
-        name: The sweep's name, or the path of its folder.
-        storage: The folder that sweeps are in.
+        name: The sweep's name, or the path or address of its folder.
+        storage: The folder that sweeps are in, or its address in an object storage.
 
     Raises:
-        InputError: If there is no such sweep; the ones there are named.
+        InputError: If there is no such sweep; the ones in a folder are named.
     """
+    if is_object_storage(name):
+        storage, _, name = name.rstrip("/").rpartition("/")
+    if isinstance(storage, str) and is_object_storage(storage):
+        return _open_remote(name, storage)
+    storage = Path(storage)
     folder = Path(name) if (Path(name) / "sweep.yaml").is_file() else storage / name
     if not (folder / "sweep.yaml").is_file():
         found = sorted(path.parent.name for path in storage.glob("*/sweep.yaml"))
@@ -53,6 +64,24 @@ def open_sweep(name: str, storage: Path) -> Sweep:
     # The folder may have been moved since.
     moved = {"storage": str(folder.resolve().parent)}
     return load_sweep(folder / "sweep.yaml", moved)
+
+
+def _open_remote(name: str, storage: str) -> Sweep:
+    check_address(storage)
+    files = ObjectFiles(f"{storage.rstrip('/')}/{name}")
+    try:
+        content = files.open("sweep.yaml").read()
+    except StorageError as error:
+        raise InputError(
+            f"a sweep's storage must be reachable; {error}: {remedy_for(str(error))}"
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the sweep must have been launched; no {error}: check its name; `--storage` says "
+            "where sweeps are"
+        ) from error
+    source = f"{files.location}/sweep.yaml"
+    return read_sweep(content, source, Path(), {"storage": storage})
 
 
 def verdict(confirmation: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from lightning_modules.augmentation_settings import AugmentationSettings
 from lightning_modules.data.phantom import PhantomSettings
 from lightning_modules.stages import NUM_STAGES
 from search.space import Choice, Float, Int, Space
+from search.study.sweep_files import SweepFiles, files_at, is_object_storage
 
 # What a sweep may rank by, and which way is better.
 METRIC_MODES = {"val_macro_f1": "max", "val_accuracy": "max", "val_loss": "min"}
@@ -189,8 +190,10 @@ class Sweep:
         metric: What trials are ranked by; the best epoch counts.
         objectives: The metric, and a cost out of ``COSTS``: searched for the best at every cost.
             None searches for the best alone.
-        storage: The folder that holds the sweep's folder.
-        study_url: Any Optuna storage; SQLite in the sweep's folder if not given.
+        storage: The folder that holds the sweep's folder; or scheme, bucket, and prefix of an
+            object storage.
+        study_url: Any Optuna storage; SQLite in the sweep's folder if not given. It holds no
+            password, and is PostgreSQL's where ``storage`` is an object storage.
         weights: Initial weights of each backbone.
         data: Which images.
         params: The baseline, and the value of every param that is not searched.
@@ -229,9 +232,21 @@ class Sweep:
         return None if self.objectives is None else self.objectives[1]
 
     @property
+    def location(self) -> str:
+        """The sweep's own folder, or its address in an object storage."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def files(self) -> SweepFiles:
+        """The sweep's files, wherever they are."""
+        return files_at(self.location)
+
+    @property
     def folder(self) -> Path:
-        """The sweep's own folder."""
-        return Path(self.storage) / self.name
+        """The sweep's own folder; whoever asks has made sure that there is one."""
+        if is_object_storage(self.storage):
+            raise RuntimeError(f"{self.location} is no folder; its files are `files`")
+        return Path(self.location)
 
     @property
     def reference(self) -> str:

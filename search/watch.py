@@ -13,7 +13,7 @@ PORT = 6006
 
 def tensorboard_command(sweep: Sweep) -> str:
     """Return the command that shows a sweep."""
-    folder = shlex.quote(str(sweep.folder / "tensorboard"))
+    folder = shlex.quote(f"{sweep.location}/tensorboard")
     # Without a password: for this machine alone, whatever TensorBoard's default is.
     return f"tensorboard --host 127.0.0.1 --logdir {folder}"
 

@@ -81,7 +81,7 @@ def main(folder: Path, address: str) -> None:
     # After `search`, which sets what Ray reads when it is imported.
     from ray import tune
 
-    with tuner.connected(address):
+    with tuner.connected(address), record.being_written():
         trainable = tune.with_parameters(simulate, folder=str(sweep.folder))
         tuner.run_trials(
             record,

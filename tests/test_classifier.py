@@ -19,6 +19,7 @@ from lightning_modules.data.datamodule import Batch, PackDataModule
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
+from search.study.sweep_files import LocalFiles
 from search.tuning.checkpoint import AtomicCheckpointIO
 
 Data = tuple[Manifest, Pack]
@@ -92,7 +93,7 @@ def fit(
         devices=1,
         max_epochs=max_epochs,
         callbacks=list(callbacks),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(LocalFiles("."))],
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,

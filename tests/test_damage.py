@@ -3,6 +3,7 @@
 Never a silent fresh start, and never a figure that was not reported.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from search.study import storage as study_storage
 from search.study.integrity import CHECKSUM, with_checksum, without_checksum
 from search.study.record import Record
 from search.study.recorded import CheckpointFile, Epoch, Trial
+from search.study.sweep_files import LocalFiles
 from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
 from search.tuning.checkpoint import AtomicCheckpointIO
 from search.tuning.checkpoint_files import newest_whole
@@ -202,10 +204,10 @@ def test_a_record_cut_or_flipped_here_and_there_is_good_or_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["study.db", "study.db-wal"])
-def test_a_record_cut_or_flipped_at_any_byte_is_good_or_refused(
+def test_a_record_cut_or_flipped_in_each_page_is_good_or_refused(
     tmp_path: Path, history: History, name: str
 ) -> None:
-    check_anywhere(tmp_path, history, name, every=1, cut=PAGE_BYTES // 4)
+    check_anywhere(tmp_path, history, name, every=61, cut=PAGE_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +241,22 @@ def test_rows_that_changed_by_themselves_are_seen(
         read(sweep)
 
 
+def test_another_database_has_checksums_and_is_asked_nothing_that_only_sqlite_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_storage, "check_file", lambda path: pytest.fail("SQLite was asked"))
+    url = f"sqlite:///{tmp_path / 'server'}"  # in the place of a PostgreSQL
+    sweep = dataclasses.replace(make_sweep(tmp_path), study_url=url)
+    record = Record.create(sweep, {"classes": ["glioma"]})
+    record.add_epoch(record.draw().number, epoch_of(1, 3.0))
+    assert len(read(sweep)[1]) == 1
+    with closing(sqlite3.connect(tmp_path / "server")) as database:
+        database.execute("UPDATE trial_user_attributes SET value_json = '1' WHERE key = 'seed'")
+        database.commit()
+    with pytest.raises(InputError, match="trial 0 does not match its checksum"):
+        read(sweep)
+
+
 def test_a_checksum_follows_what_is_added_and_replaced() -> None:
     def texts(attributes: dict[str, Any]) -> dict[str, str]:
         return {name: json.dumps(value) for name, value in attributes.items()}
@@ -257,12 +275,13 @@ def test_a_checksum_follows_what_is_added_and_replaced() -> None:
 
 
 def check_checkpoint(tmp_path: Path, every: int) -> None:
-    checkpoint_io = AtomicCheckpointIO()
+    files = LocalFiles(str(tmp_path))
+    checkpoint_io = AtomicCheckpointIO(files)
     epochs = []
     for number in (1, 2):
-        path = tmp_path / f"last-{number}"
+        path = f"last-{number}"
         checkpoint_io.save_checkpoint({"state_dict": {"w": torch.ones(number)}}, path)
-        file = CheckpointFile(path=path.name, digest=checkpoint_io.last_digest, epoch=number)
+        file = CheckpointFile(path=path, digest=checkpoint_io.last_digest, epoch=number)
         epochs.append(
             Epoch(
                 epoch=number, metrics={}, confusion=[], last=file, best=None, stopped="",
@@ -271,10 +290,10 @@ def check_checkpoint(tmp_path: Path, every: int) -> None:
         )  # fmt: skip
     newest = tmp_path / "last-2"
     data = newest.read_bytes()
-    assert newest_whole(tmp_path, tuple(epochs)) == epochs[1]
+    assert newest_whole(files, tuple(epochs)) == epochs[1]
     for changed in (*flips(data, every), *cuts(data, every)):
         newest.write_bytes(changed)
-        assert newest_whole(tmp_path, tuple(epochs)) == epochs[0]
+        assert newest_whole(files, tuple(epochs)) == epochs[0]
 
 
 def test_a_checkpoint_cut_or_flipped_here_and_there_is_passed_over(tmp_path: Path) -> None:

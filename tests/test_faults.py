@@ -90,12 +90,13 @@ def run(
     """Run a sweep through Ray; return its trials as recorded."""
     folder = record.sweep.folder
     trainable = tune.with_parameters(simulate, folder=folder, mishap=mishap, epoch_s=epoch_s)
-    tuner.run_trials(
-        record,
-        tune.with_resources(trainable, {"cpu": 1.0}),
-        max_concurrent_trials=workers,
-        is_local=True,
-    )
+    with record.being_written():
+        tuner.run_trials(
+            record,
+            tune.with_resources(trainable, {"cpu": 1.0}),
+            max_concurrent_trials=workers,
+            is_local=True,
+        )
     return recorded(record)
 
 

@@ -20,6 +20,7 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.feature_cache import FeatureCache
 from lightning_modules.feature_store import FeatureStore, current_moment
+from search.study.sweep_files import LocalFiles
 from search.tuning.checkpoint import AtomicCheckpointIO
 
 Data = tuple[Manifest, Pack]
@@ -138,7 +139,7 @@ def fit(cache: FeatureCache, precision: Any = "32-true") -> Keep:
         precision=precision,
         max_epochs=NUM_EPOCHS,
         callbacks=[keep],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(LocalFiles("."))],
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,

@@ -37,6 +37,7 @@ from search.config import dump_sweep, load_sweep
 from search.study.integrity import checksum
 from search.study.record import Record
 from search.study.recorded import CheckpointFile, Epoch
+from search.study.sweep_files import LocalFiles
 from search.tuning.checkpoint import AtomicCheckpointIO
 from search.tuning.checkpoint_files import is_whole
 
@@ -150,7 +151,7 @@ def test_a_gigabyte_in_a_hundred_bytes_is_not_allocated(is_new: bool) -> None:
         assert path.stat().st_size < 4096
         assert "must hold tensors only" in message_of(lambda path=path: read_state_dict(path))
         assert "must hold tensors" in message_of(
-            lambda path=path: AtomicCheckpointIO().load_checkpoint(path)
+            lambda path=path: AtomicCheckpointIO(LocalFiles(".")).load_checkpoint(path)
         )
 
 
@@ -192,10 +193,12 @@ def test_a_class_named_in_a_lightning_checkpoint_is_not_built() -> None:
         "pytorch-lightning_version": "2.6.6",
     }
     torch.save(content, "w.ckpt")
-    assert AtomicCheckpointIO().load_checkpoint("w.ckpt")["hyper_parameters"] == hostile
+    assert (
+        AtomicCheckpointIO(LocalFiles(".")).load_checkpoint("w.ckpt")["hyper_parameters"] == hostile
+    )
     torch.save({**content, "callbacks": Payload()}, "w.ckpt")
     assert "must hold tensors and plain values" in message_of(
-        lambda: AtomicCheckpointIO().load_checkpoint("w.ckpt", weights_only=False)
+        lambda: AtomicCheckpointIO(LocalFiles(".")).load_checkpoint("w.ckpt", weights_only=False)
     )
     assert not Path("trace").exists()
 
@@ -282,8 +285,8 @@ def test_a_checkpoint_that_is_a_link_is_not_whole() -> None:
     Path("secret.ckpt").write_bytes(b"secret")
     Path("link.ckpt").symlink_to("secret.ckpt")
     digest = hashlib.sha256(b"secret").hexdigest()
-    assert is_whole(Path(), CheckpointFile(path="secret.ckpt", digest=digest, epoch=1))
-    assert not is_whole(Path(), CheckpointFile(path="link.ckpt", digest=digest, epoch=1))
+    assert is_whole(LocalFiles("."), CheckpointFile(path="secret.ckpt", digest=digest, epoch=1))
+    assert not is_whole(LocalFiles("."), CheckpointFile(path="link.ckpt", digest=digest, epoch=1))
 
 
 def sum_anew(database: sqlite3.Connection) -> None:

@@ -13,10 +13,13 @@ from lightning_modules.data.phantom import PhantomSettings
 from search.space import Float
 from search.study import storage as study_storage
 from search.study.record import Record
+from search.study.sweep_files import LocalFiles
 from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
 from search.tuning import patience
 from search.tuning.callbacks import ReportEpoch
 from search.tuning.checkpoint import AtomicCheckpointIO
+from search.tuning.checkpoint_files import folder_of
+from search.tuning.event_folder import EventFolder
 from search.tuning.patience import StorageGoneError, patiently
 from search.tuning.recorder import StudyRecorder
 from search.tuning.scheduler import ResumableASHA
@@ -152,16 +155,17 @@ def test_a_worker_waits_with_its_checkpoint_and_its_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "sweep"
+    files = LocalFiles(str(folder))
     for name in ("trials", "tensorboard"):
         (folder / name).mkdir(parents=True)
-    checkpoint_io = AtomicCheckpointIO()
+    checkpoint_io = AtomicCheckpointIO(files)
 
-    def save_checkpoint(path: Path, *, weights_only: bool) -> None:
+    def save_checkpoint(path: str, *, weights_only: bool) -> None:
         checkpoint_io.save_checkpoint({"weights_only": weights_only}, path)
 
     cache: Any = SimpleNamespace(outcome="")
     report = ReportEpoch(
-        folder=folder, trial_folder=folder / "trials" / "00003", metric="val_loss", mode="min",
+        trial_folder=folder_of(3), metric="val_loss", mode="min",
         attempt=0, resume=None, checkpoint_io=checkpoint_io, cache=cache, leak="",
         report=lambda told: None,
     )  # fmt: skip
@@ -173,7 +177,7 @@ def test_a_worker_waits_with_its_checkpoint_and_its_curves(
 
     away = Away(folder, monkeypatch)
     curves = TrialBoard(
-        log_dir=folder / "tensorboard" / "00003", name="00003", params={}, classes=("a", "b"),
+        events=EventFolder(files, "tensorboard/00003"), name="00003", params={}, classes=("a", "b"),
         metric="val_loss", resume=None,
     )  # fmt: skip
     away.wait()

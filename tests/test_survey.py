@@ -28,10 +28,11 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Question:
     images.mkdir()
     for name in ("1.png", "2.png"):
         (images / name).write_bytes(b"x")
-    (folder / ".probe").write_text("nonce")
+    (folder / ".probe").mkdir()
+    (folder / ".probe" / "driver").write_text("nonce")
     monkeypatch.setenv("NEUROSWEEP_CACHE", str(tmp_path / "cache"))
     return Question(
-        folder=folder,
+        location=str(folder),
         probe=".probe",
         content="nonce",
         images_root=images,
@@ -50,21 +51,25 @@ def test_a_node_that_has_everything_has_no_trouble(question: Question) -> None:
     }
     assert found["storage"].text == "writes"
     assert found["images"].text == "read"
-    assert (question.folder / ".probe-node").read_text() == "nonce"
+    assert (probe_of(question) / "node").read_text() == "nonce"
+
+
+def probe_of(question: Question) -> Path:
+    return Path(question.location) / question.probe
 
 
 def test_a_storage_that_is_missing_or_another_is_trouble(
     question: Question, tmp_path: Path
 ) -> None:
-    absent = dataclasses.replace(question, folder=tmp_path / "absent")
+    absent = dataclasses.replace(question, location=str(tmp_path / "absent"))
     assert "does not see" in look(absent, "node")["storage"].trouble
-    (question.folder / ".probe").write_text("of another sweep")
+    (probe_of(question) / "driver").write_text("of another sweep")
     assert "another folder of that name" in look(question, "node")["storage"].trouble
-    assert not (question.folder / ".probe-node").exists()
+    assert not (probe_of(question) / "node").exists()
 
 
 def test_a_storage_that_takes_nothing_is_trouble(question: Question) -> None:
-    (question.folder / ".probe-node").write_text("")  # in the way: opened as new, it is refused
+    (probe_of(question) / "node").mkdir()  # in the way: a file cannot take its place
     finding = look(question, "node")["storage"]
     assert finding.text == "read only"
     assert "cannot write" in finding.trouble
@@ -134,11 +139,11 @@ def test_the_digest_is_of_the_source_wherever_it_lies(tmp_path: Path) -> None:
 
 def test_a_node_that_joins_later_must_have_the_code_and_see_the_sweep(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must have the driver's code"):
-        check_joined_node(tmp_path, "0" * 64)
-    with pytest.raises(InputError, match="must see the sweep's folder"):
-        check_joined_node(tmp_path, source_digest())
+        check_joined_node(str(tmp_path), "0" * 64)
+    with pytest.raises(InputError, match="must see the sweep's files"):
+        check_joined_node(str(tmp_path), source_digest())
     (tmp_path / "sweep.yaml").touch()
-    check_joined_node(tmp_path, source_digest())
+    check_joined_node(str(tmp_path), source_digest())
 
 
 def test_the_table_says_what_is_missing_where() -> None:

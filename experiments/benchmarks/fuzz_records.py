@@ -227,7 +227,7 @@ def _read_record(data: bytes, folder: Path) -> None:
         recorded_weights(record)
         best_trial(record)
         for trial in record.trials():
-            newest_whole(sweep.folder, trial.epochs)
+            newest_whole(sweep.files, trial.epochs)
             record.best_value(trial.number)
         record.is_finished()
     finally:

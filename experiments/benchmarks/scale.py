@@ -358,7 +358,7 @@ def run_ours(
     )
     record = Record.create(sweep, {})
     memory = Memory(lambda: record.num_trials)
-    with ray_cluster(), contextlib.redirect_stdout(io.StringIO()):
+    with ray_cluster(), record.being_written(), contextlib.redirect_stdout(io.StringIO()):
         trainable = tuner.tune.with_parameters(
             report_trial, sleep_s=sleep_s, max_epochs=max_epochs, warm_s=WARM_S
         )

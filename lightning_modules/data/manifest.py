@@ -78,6 +78,10 @@ class Manifest:
         """Return the row numbers of one split, ascending; empty where nothing is assigned to it."""
         return np.flatnonzero((self.frame["split"] == split).to_numpy()).astype(np.int64)
 
+    def csv(self) -> bytes:
+        """Return the frame as CSV; its paths are relative to `root`."""
+        return self.frame.to_csv(index=False, lineterminator="\n").encode()
+
     def write(self, path: Path) -> None:
         """Write the frame as CSV, whole or not at all.
 
@@ -87,7 +91,7 @@ class Manifest:
             InputError: If the file cannot be written.
         """
         try:
-            write_atomically(path, self.frame.to_csv(index=False, lineterminator="\n").encode())
+            write_atomically(path, self.csv())
         except OSError as error:
             raise _broken(
                 path,

@@ -24,7 +24,7 @@ from search.bundles.config import describe_trial
 from search.bundles.ensemble_weights import Score, greedy_weights, grid_weights
 from search.bundles.export import Parity, load_trial, write_bundle
 from search.data import check_same_data, prepare_data
-from search.results import has_checkpoint, rank, score
+from search.results import rank, score, with_checkpoint
 from search.shareable import weights_of
 from search.study.record import Record
 from search.study.recorded import Trial
@@ -201,11 +201,8 @@ def _copy_of(module: ImageClassifier, state: dict[str, torch.Tensor]) -> ImageCl
 def _candidates(record: Record, top: int) -> list[Trial]:
     """Return the best trials that kept their checkpoints."""
     sweep = record.sweep
-    kept = [
-        trial
-        for trial in rank(record.trials(), sweep)
-        if score(trial, sweep) > -math.inf and has_checkpoint(trial, sweep)
-    ]
+    measured = [t for t in rank(record.trials(), sweep) if score(t, sweep) > -math.inf]
+    kept = with_checkpoint(measured, sweep)
     if len(kept) < 2:
         raise InputError(
             f"an ensemble needs two trials that kept their checkpoints; {len(kept)} of "

@@ -33,8 +33,8 @@ from search.results import best_trial
 from search.study.origins import recorded_weights
 from search.study.record import Record
 from search.study.recorded import Trial
-from search.tuning.checkpoint import AtomicCheckpointIO
-from search.tuning.checkpoint_files import is_whole
+from search.tuning.checkpoint import read_checkpoint
+from search.tuning.shared_weights import local_weights
 from search.tuning.trial import build_module
 
 # The largest difference of a logit between the module and any of the files.
@@ -158,17 +158,15 @@ def load_trial(record: Record, trial: Trial, manifest: Manifest) -> ImageClassif
     """
     sweep = record.sweep
     checkpoint = trial.epochs[-1].best if trial.epochs else None
-    if checkpoint is None or not (sweep.folder / checkpoint.path).is_file():
+    loaded = None if checkpoint is None else read_checkpoint(sweep.files, checkpoint)
+    if checkpoint is None or loaded is None:
         raise InputError(
             f"a trial must have kept its checkpoint to be exported; {trial.number} has none: only "
             f"the best {sweep.search.keep_trials} do (search.keep_trials)"
         )
-    if not is_whole(sweep.folder, checkpoint):
-        raise InputError(
-            f"a checkpoint must be the one that was recorded; {sweep.folder / checkpoint.path} is "
-            "torn or changed: export another trial with `--trial`"
-        )
-    weights = recorded_weights(record)
+    weights = {
+        trial.params.backbone: local_weights(recorded_weights(record)[trial.params.backbone])
+    }
     module = build_module(
         trial.params,
         sweep=sweep,
@@ -177,7 +175,6 @@ def load_trial(record: Record, trial: Trial, manifest: Manifest) -> ImageClassif
         seed=trial.seed,
         view_seed=trial.view_seed,
     )
-    loaded = AtomicCheckpointIO().load_checkpoint(sweep.folder / checkpoint.path)
     try:
         module.on_load_checkpoint(loaded)
         module.load_state_dict(loaded["state_dict"])
@@ -186,7 +183,7 @@ def load_trial(record: Record, trial: Trial, manifest: Manifest) -> ImageClassif
     # What torch raises for states of other networks, and Python for what is no state.
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"a checkpoint must be of the trial's network; {sweep.folder / checkpoint.path}: "
+            f"a checkpoint must be of the trial's network; {sweep.location}/{checkpoint.path}: "
             f"{first_line(error):.200}: export another trial with `--trial`"
         ) from error
     return module.eval()

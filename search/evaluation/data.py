@@ -38,23 +38,27 @@ class ImageSet:
     num_skipped: int
 
 
-def read_manifest_or_sweep(path: Path) -> Manifest:
-    """Return a manifest; of a sweep's folder the sweep's, with the splits that it has assigned."""
-    if not (path / "sweep.yaml").is_file():
+def read_manifest_or_sweep(path: Path | str) -> Manifest:
+    """Return a manifest; of a sweep's folder the sweep's, with the splits that it has assigned.
+
+    Args:
+        path: As for `read_manifest`, or a sweep's folder, or, as text, its address.
+    """
+    if isinstance(path, Path) and not (path / "sweep.yaml").is_file():
         return read_manifest(path)
     # Imported here: a bundle is evaluated without Optuna otherwise.
     from search.data import prepare_data
     from search.results import open_sweep
 
-    return prepare_data(open_sweep(str(path), path.parent))[0]
+    return prepare_data(open_sweep(str(path), "sweeps"))[0]
 
 
-def read_own(path: Path, classes: tuple[str, ...]) -> Manifest:
+def read_own(path: Path | str, classes: tuple[str, ...]) -> Manifest:
     """Return the manifest that a bundle was trained with, all rows.
 
     Args:
-        path: As for `read_manifest`, or the folder of the sweep that it came from, which knows the
-            splits it has assigned.
+        path: As for `read_manifest`, or the folder or address of the sweep that it came from, which
+            knows the splits it has assigned.
         classes: The bundle's.
 
     Raises:

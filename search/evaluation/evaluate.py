@@ -44,7 +44,7 @@ FORMAT = 1
 
 def evaluate_bundle(
     bundle: Path,
-    data: Path,
+    data: Path | str,
     *,
     external: Path | None,
     baseline: Path | None,
@@ -166,7 +166,7 @@ def _check_writable(folder: Path) -> None:
         )
 
 
-def _check_same(own: Manifest, data: Path, model: Model) -> None:
+def _check_same(own: Manifest, data: Path | str, model: Model) -> None:
     """Refuse test rows that a bundle may have been trained on."""
     trained = model.bundle.config.get("data")
     expected = trained.get("manifest_digest") if isinstance(trained, dict) else None

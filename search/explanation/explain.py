@@ -43,7 +43,7 @@ GALLERY_FILE = "gallery.html"
 
 def explain_images(
     bundle: Path,
-    images: Sequence[Path],
+    images: Sequence[Path | str],
     out: Path,
     *,
     num_each: int = 8,
@@ -58,8 +58,8 @@ def explain_images(
 
     Args:
         bundle: A bundle's folder.
-        images: Image files; or a sweep's folder, or one manifest with splits, of whose validation
-            images right, wrong, and uncertain ones are chosen for a gallery.
+        images: Image files; or a sweep's folder, its address as text, or one manifest with splits,
+            of whose validation images right, wrong, and uncertain ones are chosen for a gallery.
         out: A new folder; it appears whole or not at all. For every image and method an overlay
             (PNG) and an array ``(H, W)`` of the network's image size (NPY, float32), and what is
             returned, as ``explanation.json``.
@@ -81,11 +81,14 @@ def explain_images(
         raise InputError(f"explanations go into a new folder; {out} exists: give another")
     tell = progress or (lambda what, done, total: None)
     opened, network = load_bundle(bundle), load_network(bundle)
-    is_labelled = len(images) == 1 and (images[0].is_dir() or images[0].suffix.lower() == ".csv")
+    only = images[0] if len(images) == 1 else Path()
+    is_labelled = len(images) == 1 and (
+        isinstance(only, str) or only.is_dir() or only.suffix.lower() == ".csv"
+    )
     if is_labelled:
-        cases, tested = _labelled_cases(opened, images[0], num_each, num_tests, seed, tell)
+        cases, tested = _labelled_cases(opened, only, num_each, num_tests, seed, tell)
     else:
-        cases = _cases(opened, images)
+        cases = _cases(opened, [Path(image) for image in images])
         tested = np.array([case.image for case in cases[:num_tests]], np.uint8)
     backbones = [member.backbone.name for member in network.members]
     result: dict[str, Any] = {
@@ -161,20 +164,20 @@ def print_explanation(console: Console, explanation: Mapping[str, Any]) -> None:
 
 
 def _labelled_cases(
-    bundle: Bundle, path: Path, num_each: int, num_tests: int, seed: int, tell: Progress
+    bundle: Bundle, path: Path | str, num_each: int, num_tests: int, seed: int, tell: Progress
 ) -> tuple[list[Case], Pixels]:
     """Choose what to show of a manifest, and draw what to test on."""
-    manifest = read_manifest_or_sweep(path)
+    manifest, name = read_manifest_or_sweep(path), Path(path).name
     if unknown := sorted(set(manifest.classes) - set(bundle.classes)):
         raise InputError(
-            f"labels must be the bundle's classes, {', '.join(bundle.classes)}; {path.name} has "
+            f"labels must be the bundle's classes, {', '.join(bundle.classes)}; {name} has "
             f"{', '.join(unknown)}: rename them, or leave their images out"
         )
     frame = manifest.frame[manifest.frame["split"] == "val"]
     if frame.empty:
         # Without splits, any image may be one that the sweep has locked.
         raise InputError(
-            f"cases are chosen from validation images; {path.name} does not say which they are: "
+            f"cases are chosen from validation images; {name} does not say which they are: "
             "give the sweep's folder, such as sweeps/NAME, or image files"
         )
     paths = [manifest.root / name for name in frame["path"]]

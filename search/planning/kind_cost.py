@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +17,10 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import VAL_BATCH_SIZE, Batch, PackDataModule, take_rows
 from lightning_modules.feature_cache import READ_SHARE, FeatureCache
 from lightning_modules.step_cost import CONTEXT_BYTES
+from search.study.sweep_files import SweepFiles
 from search.sweep import TrialParams
 from search.tuning.checkpoint import AtomicCheckpointIO
-from search.tuning.trial import Run, are_views_shared, build_module, feature_store, with_images
+from search.tuning.trial import Run, are_views_shared, build_module, feature_store, on_this_node
 
 # Timed after one that is not: the first chooses kernels and allocates.
 NUM_TIMED = 3
@@ -63,15 +64,12 @@ class KindCost:
     peak_bytes: int
 
 
-def measure_kinds(
-    run: Run, kinds: Sequence[Kind], scratch: str
-) -> tuple[float, dict[Kind, KindCost]]:
+def measure_kinds(run: Run, kinds: Sequence[Kind]) -> tuple[float, dict[Kind, KindCost]]:
     """Measure kinds of trials, one after another, in this process.
 
     Args:
-        run: What trials share.
+        run: What trials share; checkpoints are timed among its sweep's files.
         kinds: Which ones; the shallow ones first, since a process's memory only grows.
-        scratch: A folder on the sweep's storage, to time checkpoints in.
 
     Returns:
         When this began, on the monotonic clock, and what each kind takes.
@@ -79,11 +77,11 @@ def measure_kinds(
     started_s = time.monotonic()
     if not run.on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as trials do
-    run = with_images(run)
-    return started_s, {kind: _measure_kind(run, kind, Path(scratch)) for kind in kinds}
+    run = on_this_node(run)
+    return started_s, {kind: _measure_kind(run, kind) for kind in kinds}
 
 
-def _measure_kind(run: Run, kind: Kind, scratch: Path) -> KindCost:
+def _measure_kind(run: Run, kind: Kind) -> KindCost:
     sweep = run.sweep
     device = torch.device("cuda" if run.on_gpu else "cpu")
     params = replace(sweep.params, backbone=kind[0], unfreeze_depth=kind[1])
@@ -105,7 +103,7 @@ def _measure_kind(run: Run, kind: Kind, scratch: Path) -> KindCost:
         compute_s, cost = _time_features(run, module, data, params)
         train_s, optimizer = _time_training(module, data, params, device)
         val_s = _time_validation(module, data, device)
-    save_s, best_bytes, last_bytes = _time_checkpoints(module, optimizer, scratch)
+    save_s, best_bytes, last_bytes = _time_checkpoints(module, optimizer, sweep.files)
     pays = cost is not None and cost.compute_s * READ_SHARE >= cost.round_trip_s
     return KindCost(
         build_s=build_s,
@@ -179,18 +177,26 @@ def _time_validation(module: ImageClassifier, data: PackDataModule, device: torc
 
 
 def _time_checkpoints(
-    module: ImageClassifier, optimizer: torch.optim.Optimizer, scratch: Path
+    module: ImageClassifier, optimizer: torch.optim.Optimizer, files: SweepFiles
 ) -> tuple[float, int, int]:
     """Write what an epoch writes that is the best so far."""
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    checkpoint_io = AtomicCheckpointIO()
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".plan-") as folder:
-        best, last = Path(folder) / "best", Path(folder) / "last"
+    checkpoint_io = AtomicCheckpointIO(files)
+    folder = f".plan-{secrets.token_hex(8)}"
+    best, last = f"{folder}/best", f"{folder}/last"
+    try:
         start_s = time.perf_counter()
         checkpoint_io.save_checkpoint(checkpoint, best)
         checkpoint_io.save_checkpoint({**checkpoint, "optimizer": optimizer.state_dict()}, last)
-        return time.perf_counter() - start_s, best.stat().st_size, last.stat().st_size
+        return time.perf_counter() - start_s, _num_bytes(files, best), _num_bytes(files, last)
+    finally:
+        files.remove([best, last])
+
+
+def _num_bytes(files: SweepFiles, name: str) -> int:
+    with files.open(name) as file:
+        return file.seek(0, os.SEEK_END)
 
 
 def _features(

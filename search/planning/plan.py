@@ -95,7 +95,6 @@ class Plan:
 def make_plan(
     run: Run,
     *,
-    scratch: str,
     resources: TrialResources,
     network_costs: Mapping[str, float],
     budget_s: float | None = None,
@@ -104,7 +103,6 @@ def make_plan(
 
     Args:
         run: What its trials share.
-        scratch: A folder on the sweep's storage.
         resources: What they take of the cluster.
         network_costs: By backbone, where the sweep has a cost as its second objective.
         budget_s: Choose the number of trials whose upper bound fits; none takes the sweep's.
@@ -113,7 +111,7 @@ def make_plan(
         InputError: If not even one trial fits the budget.
     """
     sweep = run.sweep
-    costs, worker_start_s = _measure(run, scratch, resources.whole)
+    costs, worker_start_s = _measure(run, resources.whole)
     store = feature_store(sweep.resources.feature_cache_gib, since=run.started)
     setting = Setting(
         costs=costs,
@@ -196,28 +194,26 @@ def fitting_num_trials(sweep: Sweep, setting: Setting, budget_s: float) -> int:
     return fits
 
 
-def _measure(
-    run: Run, scratch: str, whole: Mapping[str, float]
-) -> tuple[dict[Kind, KindCost], float]:
+def _measure(run: Run, whole: Mapping[str, float]) -> tuple[dict[Kind, KindCost], float]:
     """Measure every kind of trial, on as many workers at once as run beside each other."""
     kinds = kinds_of(run.sweep)
     count = max(1, min(max_concurrent(whole), len(kinds), MOST_MEASURING))
     task = ray.remote(num_cpus=whole["cpu"], num_gpus=whole["gpu"])(_answer)
     shared = ray.put(run)
-    answers = ray.get([task.remote(shared, kinds[i::count], scratch) for i in range(count)])
+    answers = ray.get([task.remote(shared, kinds[i::count]) for i in range(count)])
     costs: dict[Kind, KindCost] = {}
     for _, found in answers:
         costs.update(found)
     return costs, max(seconds for seconds, _ in answers)
 
 
-def _answer(run: Run, kinds: Sequence[Kind], scratch: str) -> tuple[float, dict[Kind, KindCost]]:
+def _answer(run: Run, kinds: Sequence[Kind]) -> tuple[float, dict[Kind, KindCost]]:
     """Measure in a worker; return the seconds that it took to get ready, too."""
     import os
     import time
     from pathlib import Path
 
-    started_s, costs = measure_kinds(run, kinds, scratch)
+    started_s, costs = measure_kinds(run, kinds)
     ready_s = 0.0
     try:
         # Fields of proc_pid_stat(5): since the process began, in ticks since the system did.

@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -193,12 +194,11 @@ def _epoch_s(trials: Sequence[Trial]) -> dict[int, float]:
 def _read_data(sweep: Sweep, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return counts from the sweep's own manifest, if it is the one that it was launched with."""
     try:
-        frame = pd.read_csv(
-            sweep.folder / "manifest.csv", dtype=str, na_filter=False, usecols=list(COLUMNS)
-        )
+        with sweep.files.local("manifest.csv") as path:
+            frame = pd.read_csv(path, dtype=str, na_filter=False, usecols=list(COLUMNS))
     except (OSError, ValueError):
         return {}
-    if Manifest(sweep.folder, frame).digest != facts.get("manifest_digest"):
+    if Manifest(Path(), frame).digest != facts.get("manifest_digest"):
         return {}
     return {
         "all": count_images(frame),

@@ -76,8 +76,7 @@ def _check_out(out: Path) -> None:
 
 def _check_comparable(records: Sequence[Record]) -> None:
     first = records[0]
-    folders = [record.sweep.folder.resolve() for record in records]
-    if len(set(folders)) < len(folders):
+    if len({record.sweep.location for record in records}) < len(records):
         raise InputError("a report names each sweep once; got one twice: name it once")
     for record in records[1:]:
         for name, of in (("manifest_digest", "images and splits"), ("pack_digest", "pixels")):

@@ -28,7 +28,14 @@ from search.space import to_distributions
 from search.study.integrity import check_consistency
 from search.study.reading import STATES, Facts, read_facts, read_trial, reading
 from search.study.recorded import Epoch, State, Trial
-from search.study.storage import STORAGE_ERRORS, open_storage, unreachable, write_ahead
+from search.study.storage import (
+    STORAGE_ERRORS,
+    held,
+    name_is_taken,
+    open_storage,
+    unreachable,
+    write_ahead,
+)
 from search.study.tables import KnownTrials, StudyTables, known_trial
 from search.sweep import Sweep, TrialParams
 
@@ -39,9 +46,9 @@ ENDINGS: dict[str, State] = {"max_epochs": "complete", "diverged": "failed"}
 class Record:
     """A sweep's study, open for reading and writing.
 
-    One process writes at a time: the one that holds the sweep's lock. So what that one knows of the
-    trials needs no looking up: their numbers, params, states, and values are kept in memory, about
-    a KiB a trial; everything else is in the database only.
+    One process writes at a time: the one that holds the sweep's folder, or its study. So what that
+    one knows of the trials needs no looking up: their numbers, params, states, and values are kept
+    in memory, about a KiB a trial; everything else is in the database only.
 
     Args:
         sweep: The sweep it belongs to.
@@ -78,10 +85,7 @@ class Record:
             record._tables.put_study_attributes(facts)
             return record
         except optuna.exceptions.DuplicatedStudyError as error:
-            raise InputError(
-                f"the sweep's name must be new; the study storage holds a {sweep.name} already, of "
-                "another folder or of a launch that was killed: take another with `--name`"
-            ) from error
+            raise name_is_taken(sweep) from error
         except STORAGE_ERRORS as error:
             raise unreachable(sweep, error) from error
 
@@ -126,19 +130,27 @@ class Record:
 
     @contextlib.contextmanager
     def being_written(self) -> Iterator[None]:
-        """Make many commits cheap for as long as this process runs the sweep."""
-        with write_ahead(self._storage):
+        """Hold the study, and make many commits cheap, for as long as this process writes to it.
+
+        Raises:
+            InputError: If another process does.
+        """
+        with held(self._storage, self.sweep), write_ahead(self._storage):
             yield
 
     def reopen(self) -> None:
-        """Let go of connections that storage may have broken; the next use opens new ones.
+        """Let go of a file that storage may have taken away; the next use opens it anew.
+
+        Connections to a server are looked at before each use, and replaced.
 
         Raises:
             FileNotFoundError: If the study's file is not there: SQLite would make an empty one.
         """
+        if self._storage.engine.name != "sqlite":
+            return
         self._storage.engine.dispose()
         path = self._storage.engine.url.database
-        if self._storage.engine.name == "sqlite" and not Path(path or "").is_file():
+        if not Path(path or "").is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
     def add_fact(self, name: str, value: Any) -> None:

@@ -230,12 +230,14 @@ class StudyTables:
                 trials[row.trial_id] = known_trial(
                     row.trial_id, row.number, distributions, row.state, row.datetime_complete
                 )
-            for row in self._rows(connection, PARAMS, PARAMS.c.param_id):
+            for row in self._rows(connection, PARAMS, PARAMS.c.param_id, trials):
                 value = distributions[row.param_name].to_external_repr(row.param_value)
                 trials[row.trial_id].params[row.param_name] = value
-            for row in self._rows(connection, INTERMEDIATE_VALUES, INTERMEDIATE_VALUES.c.step):
+            for row in self._rows(
+                connection, INTERMEDIATE_VALUES, INTERMEDIATE_VALUES.c.step, trials
+            ):
                 trials[row.trial_id].intermediate_values[row.step] = row.intermediate_value
-            for row in self._rows(connection, SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.key):
+            for row in self._rows(connection, SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.key, trials):
                 trials[row.trial_id].system_attrs[row.key] = json.loads(row.value_json)
         return list(trials.values())
 
@@ -302,11 +304,13 @@ class StudyTables:
         rows = connection.execute(query.where(STUDY_ATTRIBUTES.c.study_id == self._study_id))
         return {row.key: row.value_json for row in rows}
 
-    def _rows(self, connection: Connection, table: Table, order: Any) -> Iterator[Any]:
+    def _rows(
+        self, connection: Connection, table: Table, order: Any, trials: Container[int]
+    ) -> Iterator[Any]:
         query = select(table).join(TRIALS, TRIALS.c.trial_id == table.c.trial_id)
-        yield from connection.execute(
-            query.where(TRIALS.c.study_id == self._study_id).order_by(order)
-        )
+        query = query.where(TRIALS.c.study_id == self._study_id).order_by(order)
+        # Whoever reads while the sweep runs may find rows of a trial that has just come.
+        return (row for row in connection.execute(query) if row.trial_id in trials)
 
 
 def _now() -> datetime:

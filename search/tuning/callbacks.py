@@ -1,12 +1,12 @@
 """What a trial does at the end of each epoch: checkpoints, and one report to Ray Tune."""
 
+import contextlib
 import logging
 import math
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.feature_cache import FeatureCache
 from search.study.recorded import CheckpointFile
+from search.study.sweep_files import StorageError
 from search.tuning.checkpoint import AtomicCheckpointIO
 from search.tuning.patience import patiently
 
@@ -30,8 +31,7 @@ class ReportEpoch(pl.Callback):
     that its training loss is one epoch old; and it saves the whole model every time.
 
     Args:
-        folder: The sweep's folder.
-        trial_folder: The trial's, in it, where checkpoints go.
+        trial_folder: The trial's, among the sweep's files, where checkpoints go.
         metric: What the best epoch is chosen by.
         mode: ``max`` or ``min``.
         attempt: How often the trial was started before; part of the file names, so that a worker
@@ -46,8 +46,7 @@ class ReportEpoch(pl.Callback):
     def __init__(
         self,
         *,
-        folder: Path,
-        trial_folder: Path,
+        trial_folder: str,
         metric: str,
         mode: str,
         attempt: int,
@@ -57,7 +56,6 @@ class ReportEpoch(pl.Callback):
         leak: str,
         report: Report,
     ) -> None:
-        self.folder = folder
         self.trial_folder = trial_folder
         self.metric = metric
         self.sign = 1.0 if mode == "max" else -1.0
@@ -120,28 +118,26 @@ class ReportEpoch(pl.Callback):
         )
         # One epoch more is kept: should the newest file turn out torn, there is the one before.
         for file in self.superfluous:
-            self.checkpoint_io.remove_checkpoint(self.folder / file.path)
+            # One that will not go is no reason to lose the trial; the next resume tries again.
+            with contextlib.suppress(StorageError):
+                self.checkpoint_io.remove_checkpoint(file.path)
         self.superfluous = [file for file in superseded if file is not None]
 
     def _save(
         self, trainer: pl.Trainer, stem: str, epoch: int, *, weights_only: bool
     ) -> CheckpointFile:
-        path = self.trial_folder / f"{stem}-a{self.attempt}.ckpt"
+        path = f"{self.trial_folder}/{stem}-a{self.attempt}.ckpt"
         # Another trial's epoch tells the user, and so does this one's end.
         patiently(
-            lambda: self._write(trainer, path, weights_only=weights_only),
+            lambda: trainer.save_checkpoint(path, weights_only=weights_only),
             (OSError,),
             tell=logging.getLogger(__name__).warning,
         )
         return CheckpointFile(
-            path=path.relative_to(self.folder).as_posix(),
+            path=path,
             digest=self.checkpoint_io.last_digest,
             epoch=epoch,
         )
-
-    def _write(self, trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
-        path.parent.mkdir(exist_ok=True)
-        trainer.save_checkpoint(path, weights_only=weights_only)
 
 
 def confusion_of(module: pl.LightningModule) -> Tensor:

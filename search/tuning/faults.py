@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from search.study.sweep_files import StorageError, StorageRefusedError
 from search.tuning.patience import STORAGE_FAULTS, StorageGoneError
 
 # How often a trial is started again whose worker was lost.
 MAX_RESTARTS = 3
+
+# Exceptions that are the storage's fault, whatever they say.
+STORAGE_ERRORS = tuple(
+    kind.__name__ for kind in (StorageError, StorageRefusedError, StorageGoneError)
+)
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)', re.MULTILINE)
 
@@ -59,11 +65,13 @@ def read_fault(ray_trial: Any) -> Fault:
     said = [line for line in after.splitlines()[bool(frames) :] if line[:1].strip()]
     reason = (said or ["it failed"])[0][:500]
     kind: Literal["storage", "memory", "trial"] = "trial"
-    if any(fault in reason for fault in (*STORAGE_FAULTS, StorageGoneError.__name__)):
+    name, _, told = reason.partition(": ")
+    if name.endswith(STORAGE_ERRORS):
+        return Fault(kind="storage", reason=told, traceback=traceback)
+    if any(fault in reason for fault in STORAGE_FAULTS):
         kind = "storage"
     elif _is_out_of_memory(reason):
         kind = "memory"
-    name = reason.partition(":")[0]
     place = f"{name} at {frames[-1]['file']}:{frames[-1]['line']}" if frames else name
     return Fault(kind=kind, reason=reason, place=place, traceback=traceback)
 

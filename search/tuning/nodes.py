@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lightning_modules.data.manifest import Manifest, some_of
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
+from search.study.sweep_files import files_at
 from search.sweep import Sweep
 from search.tuning.resources import num_fitting, whole_resources
 from search.tuning.survey import Finding, Question, Survey, source_digest, versions
@@ -86,11 +87,11 @@ def check_nodes(sweep: Sweep, manifest: Manifest, pack: Pack, *, tell: Tell) -> 
     _check(nodes, asked, _question(sweep, manifest, pack), tell)
 
 
-def check_storage(folder: Path, *, tell: Tell) -> None:
-    """Ask every node whether it has this code, sees a folder, and has a cache; as `check_nodes`.
+def check_storage(location: str, *, tell: Tell) -> None:
+    """Ask every node whether it has this code, sees a storage, and has a cache; as `check_nodes`.
 
     Args:
-        folder: Where sweeps are to go; it exists.
+        location: Where sweeps are to go; a folder exists.
         tell: Given the table, a line at a time.
 
     Raises:
@@ -98,12 +99,12 @@ def check_storage(folder: Path, *, tell: Tell) -> None:
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     question = Question(
-        folder=folder,
+        location=location,
         probe=f".node-check-{secrets.token_hex(8)}",
         content=secrets.token_hex(16),
         images_root=None,
         images=(),
-        pack=folder / "none",
+        pack=Path("/none"),
         pack_bytes=0,
     )
     _check(nodes, nodes, question, tell)
@@ -115,15 +116,15 @@ def _check(
     question: Question,
     tell: Tell,
 ) -> None:
-    probe = question.folder / question.probe
+    files = files_at(question.location)
     try:
-        probe.write_text(question.content)
+        files.write(f"{question.probe}/driver", question.content.encode())
         surveys = _ask(asked, question)
+        arrived = files.names(question.probe)
         for node_id, survey in surveys.items():
-            _look_for_answer(survey, Path(f"{probe}-{node_id}"))
+            _look_for_answer(survey, f"{question.probe}/{node_id}" in arrived, files.location)
     finally:
-        for file in question.folder.glob(f"{question.probe}*"):
-            file.unlink(missing_ok=True)
+        files.remove(files.names(question.probe))
     rows = [(node, surveys.get(node["NodeID"])) for node in nodes]
     for line in table_of(rows):
         tell(line)
@@ -177,7 +178,7 @@ def _question(sweep: Sweep, manifest: Manifest, pack: Pack) -> Question:
     paths = [str(path) for path in manifest.frame["path"]]
     step = max(1, len(paths) // NUM_SAMPLED_IMAGES)
     return Question(
-        folder=sweep.folder,
+        location=sweep.location,
         probe=f".node-check-{secrets.token_hex(8)}",
         content=secrets.token_hex(16),
         images_root=None if sweep.data.phantom is not None else manifest.root,
@@ -221,10 +222,10 @@ def _answer_of(task: Any) -> Survey:
     return {name: Finding(text=text, trouble=trouble) for name, (text, trouble) in answers.items()}
 
 
-def _look_for_answer(survey: Survey, file: Path) -> None:
+def _look_for_answer(survey: Survey, has_arrived: bool, location: str) -> None:
     """Doubt a node that says it has written where nothing has arrived."""
-    if "storage" in survey and not survey["storage"].trouble and not file.is_file():
-        trouble = f"what it writes to {file.parent} does not arrive here: mount the same storage"
+    if "storage" in survey and not survey["storage"].trouble and not has_arrived:
+        trouble = f"what it writes to {location} does not arrive here: mount the same storage"
         survey["storage"] = Finding(text="another one", trouble=trouble)
 
 

@@ -4,6 +4,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from lightning_modules.errors import said_by
+from search.study.sweep_files import StorageRefusedError
+
 Result = TypeVar("Result")
 Errors = tuple[type[BaseException], ...]
 
@@ -60,7 +63,7 @@ def patiently(
                 raise
             if waited_s >= PATIENCE_S:
                 said = f"it has not answered for {waited_s:.0f} s ({said_by(error)})"
-                raise StorageGoneError(said) from error
+                raise StorageGoneError(said) from None
         else:
             tell(f"storage is back after {waited_s:.0f} s")
             return result
@@ -68,10 +71,6 @@ def patiently(
 
 def may_come_back(error: BaseException) -> bool:
     """Tell whether storage that raised this may work again without anybody's help."""
-    return not any(fault in str(error) for fault in (*STORAGE_FAULTS, *DATABASE_FAULTS))
-
-
-def said_by(error: BaseException) -> str:
-    """Return in one line what a storage said; databases' errors come wrapped."""
-    cause = error if isinstance(error, StorageGoneError) else error.__cause__ or error
-    return (str(cause).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, StorageRefusedError):
+        return False
+    return not any(fault in said_by(error) for fault in (*STORAGE_FAULTS, *DATABASE_FAULTS))

@@ -4,6 +4,7 @@ Drawn by the driver when the last trial has ended: only then is it known which a
 trial is slowed down by it. On a GPU if the driver has one.
 """
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from lightning_modules.data.pack import Pack
 from lightning_modules.explain import enlarge, grad_cam
 from search.bundles.export import load_trial
 from search.explanation.gallery import draw_overlay
-from search.results import has_checkpoint
+from search.results import with_checkpoint
 from search.study.record import Record
 from search.study.recorded import Epoch, Trial
 from search.tuning.figures import draw_confusion, draw_pairs, draw_reliability, tile
@@ -58,21 +59,28 @@ def draw_kept(record: Record, manifest: Manifest, pack: Pack, tell: Callable[[st
     if any(trial.state == "running" for trial in trials):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kept = [trial for trial in trials if has_checkpoint(trial, record.sweep)]
+    files = record.sweep.files
+    drawn: dict[str, list[str]] = {}
+    try:
+        kept = with_checkpoint(trials, record.sweep)
+        for name in files.names("tensorboard"):
+            if name.endswith(FILE_SUFFIX):
+                drawn.setdefault(name.split("/")[1], []).append(name)
+    except OSError as error:
+        tell(f"pictures left out: {error}")
+        return
     if kept:
         tell(f"draws   {len(kept)} kept trials for TensorBoard: mistakes, Grad-CAM, reliability")
     for trial in trials:
-        run = record.sweep.folder / "tensorboard" / trial.name
-        is_drawn = any(run.glob(f"*{FILE_SUFFIX}"))
+        is_drawn = trial.name in drawn
         try:
             if is_drawn and trial not in kept:
-                _remove(run)
+                files.remove(drawn[trial.name])
             elif trial in kept and not is_drawn:
                 _draw(record, trial, manifest, pack, device)
         except Exception as error:  # the sweep has ended well: pictures must not change that
             reason = (str(error).splitlines() or [""])[0]
             tell(f"pictures of trial {trial.number:05d} left out: {type(error).__name__}: {reason}")
-            _remove(run)
 
 
 def worst_mistakes(
@@ -84,11 +92,6 @@ def worst_mistakes(
     return [int(index) for index in by_confidence if wrong[index]][:num_most]
 
 
-def _remove(run: Path) -> None:
-    for path in run.glob(f"*{FILE_SUFFIX}"):
-        path.unlink(missing_ok=True)
-
-
 def _draw(
     record: Record, trial: Trial, manifest: Manifest, pack: Pack, device: torch.device
 ) -> None:
@@ -96,15 +99,14 @@ def _draw(
     best = trial.best_epoch(sweep.metric, sweep.mode)
     assert best is not None  # noqa: S101  it has a checkpoint; narrows the type
     module = load_trial(record, trial, manifest).to(device)
-    run = sweep.folder / "tensorboard" / trial.name
-    writer = SummaryWriter(str(run), filename_suffix=FILE_SUFFIX)
-    try:
-        _add_validation(writer, best, module, manifest, pack)
-        for epoch in sorted({1, (1 + best.epoch) // 2, best.epoch}):
-            views = _views(module, manifest, pack, epoch)
-            writer.add_image("pictures/augmented training images", views, epoch)
-    finally:
-        writer.close()
+    with tempfile.TemporaryDirectory(prefix="neurosweep-pictures-") as folder:
+        with SummaryWriter(folder, filename_suffix=FILE_SUFFIX) as writer:
+            _add_validation(writer, best, module, manifest, pack)
+            for epoch in sorted({1, (1 + best.epoch) // 2, best.epoch}):
+                views = _views(module, manifest, pack, epoch)
+                writer.add_image("pictures/augmented training images", views, epoch)
+        for path in Path(folder).iterdir():
+            sweep.files.write(f"tensorboard/{trial.name}/{path.name}", path.read_bytes())
 
 
 def _add_validation(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ray.tune.progress_reporter import TrialProgressCallback
 
+from lightning_modules.errors import InputError
 from search.study.record import Record, encode_metrics
 from search.tuning.events import EpochDone, Event, TrialEnded, TrialStarted
 from search.tuning.lines import JsonLines, Lines
@@ -106,13 +107,18 @@ class Progress(TrialProgressCallback):
         """Tell why a trial failed, or that its worker went away."""
         number = trial.config["number"]
         running = self._standing.running.get(number)
-        recorded = self._record.trial(number)
+        reason, fault = "worker", None
+        # Not from a storage that may be what went wrong.
+        with contextlib.suppress(InputError):
+            recorded = self._record.trial(number)
+            reason = recorded.reason if recorded.state == "failed" else reason
+            fault = recorded.faults[-1] if recorded.faults else None
         self._end(
             trial,
-            recorded.reason if recorded.state == "failed" else "worker",
+            reason,
             value=None if running is None else running.value,
             best=None if running is None else running.best,
-            fault=recorded.faults[-1] if recorded.faults else None,
+            fault=fault,
         )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:

@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 import ray
 from ray.tune import Callback, Stopper
 
+from lightning_modules.errors import InputError, said_by
 from search.cost_levels import CostLevels
 from search.interruption import Interruption
 from search.study.record import Record, encode_metrics
 from search.study.recorded import CheckpointFile, Epoch, Trial
-from search.study.storage import STORAGE_ERRORS
-from search.tuning.checkpoint_files import remove_all_but
+from search.study.storage import STORAGE_ERRORS, UnreachableError
+from search.tuning.checkpoint_files import folder_of, remove_all_but
 from search.tuning.faults import MAX_RESTARTS, Fault, read_fault
-from search.tuning.patience import patiently, said_by
+from search.tuning.patience import patiently
 from search.tuning.scheduler import ResumableASHA
 
 Result = TypeVar("Result")
@@ -79,28 +80,43 @@ class StudyRecorder(Callback):
         return bool(self.storage_error or self.bug)
 
     def store(self, action: Callable[[], Result]) -> Result | None:
-        """Return what an action on the record returns; none if storage is full or does not answer.
+        """Return what an action on record or files returns; none if storage fails for good.
 
         That is the end of the sweep. Storage that has vanished is waited for first.
         """
-        errors = (OSError, *STORAGE_ERRORS)
+        errors = (OSError, UnreachableError, *STORAGE_ERRORS)
         try:
             return patiently(action, errors, tell=self._tell, reopen=self._record.reopen)
+        except InputError as error:  # a damaged record, or one that another process writes by now
+            self.storage_error = str(error)
         except errors as error:
             self.storage_error = said_by(error)
-            return None
+        return None
 
     def take_up(self) -> list[Trial]:
         """Bring the record in order after a kill; return the trials to run again.
 
-        Checkpoints that should have gone go.
+        Checkpoints that should have gone go; what is there is asked for once.
         """
-        unfinished = []
+        unfinished: list[Trial] = []
+        kept: dict[int, CheckpointFile | None] = {}
         for trial in self._record.trials():
             if trial.state == "running":
                 unfinished.append(trial)
-            else:
-                self._retain(trial.number, trial.epochs[-1].best if trial.epochs else None)
+                continue
+            kept[trial.number] = trial.epochs[-1].best if trial.epochs else None
+            for number in self._superfluous(trial.number):
+                kept[number] = None
+        keep = {best.path for best in kept.values() if best is not None}
+        in_use = {folder_of(trial.number) for trial in unfinished}
+        files = self._record.sweep.files
+        # A file that will not go is no reason to stop here; the next resume tries again.
+        with contextlib.suppress(OSError):
+            files.remove(
+                name
+                for name in files.names("trials")
+                if name not in keep and name.rpartition("/")[0] not in in_use
+            )
         return unfinished
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -196,30 +212,30 @@ class StudyRecorder(Callback):
 
     def _retain(self, number: int, best: CheckpointFile | None) -> None:
         """Keep the checkpoint of the best few only: disk does not grow with the trials."""
+        superfluous = self._superfluous(number)
+        keep = [] if best is None or number in superfluous else [best.path]
+        for other in {number, *superfluous}:
+            # A file that will not go is no reason to lose the trial; the next resume tries again.
+            with contextlib.suppress(OSError):
+                remove_all_but(self._record.sweep.files, other, keep if other == number else [])
+
+    def _superfluous(self, number: int) -> list[int]:
+        """Rank a trial that has ended; return the trials that keep no checkpoint from now on."""
         sweep = self._record.sweep
         if self._record.state(number) == "failed":
-            self._drop_checkpoints(number)
-            return
+            return [number]
         if number == 0:
             # The baseline's stays, whatever its rank: winners are compared with it.
-            self._drop_checkpoints(number, keep=best)
-            return
+            return []
         value = self._record.best_value(number)
         score = -math.inf if value is None else (value if sweep.mode == "max" else -value)
         kept = self._kept[self._levels.of(self._record.backbone(number))]
         kept.append((score, -number))
-        self._drop_checkpoints(number, keep=best)
-        if len(kept) > sweep.search.keep_trials:
-            worst = min(kept)
-            kept.remove(worst)
-            self._drop_checkpoints(-worst[1])
-
-    def _drop_checkpoints(self, number: int, *, keep: CheckpointFile | None = None) -> None:
-        folder = self._record.sweep.folder
-        kept = [] if keep is None else [folder / keep.path]
-        # A file that will not go is no reason to lose the trial; the next resume tries again.
-        with contextlib.suppress(OSError):
-            remove_all_but(folder / "trials" / f"{number:05d}", kept)
+        if len(kept) <= sweep.search.keep_trials:
+            return []
+        worst = min(kept)
+        kept.remove(worst)
+        return [-worst[1]]
 
 
 class EndOfSweep(Stopper):

@@ -42,6 +42,9 @@ class StudySearcher(Searcher):
         trial = None if recorder.is_over() else recorder.store(self._next)
         if trial is None:
             return None if recorder.open and not recorder.is_over() else Searcher.FINISHED
+        resume = recorder.store(lambda: self._resume_point(trial))
+        if recorder.storage_error:
+            return Searcher.FINISHED
         recorder.open.add(trial.number)
         return {
             "number": trial.number,
@@ -50,7 +53,7 @@ class StudySearcher(Searcher):
             "seed": trial.seed,
             "view_seed": trial.view_seed,
             "attempt": trial.attempt,
-            "resume": self._resume_point(trial),
+            "resume": resume,
         }
 
     def _next(self) -> Trial | None:
@@ -64,8 +67,7 @@ class StudySearcher(Searcher):
         return None
 
     def _resume_point(self, trial: Trial) -> dict[str, Any] | None:
-        sweep = self._record.sweep
-        epoch = newest_whole(sweep.folder, trial.epochs)
+        epoch = newest_whole(self._record.sweep.files, trial.epochs)
         if epoch is None:
             return None
         so_far = dataclasses.replace(trial, epochs=trial.epochs[: epoch.epoch])

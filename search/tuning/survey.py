@@ -17,6 +17,7 @@ from pathlib import Path
 from lightning_modules.data.manifest import some_of
 from lightning_modules.data.pack import default_cache_dir
 from lightning_modules.errors import InputError
+from search.study.sweep_files import StorageError, files_at, remedy_for
 
 # Trials import these; the versions of the rest follow from them.
 PACKAGES = ("neurosweep", "ray", "torch", "torchvision", "pytorch-lightning", "kornia", "numpy")
@@ -47,8 +48,9 @@ class Question:
     """What every node is asked.
 
     Attributes:
-        folder: The sweep's.
-        probe: The name of a file in it that the driver has written; nodes write theirs beside it.
+        location: The sweep's.
+        probe: The name of a folder there, in which the driver has written a file ``driver``; nodes
+            write theirs beside it.
         content: What the file holds.
         images_root: Where images are; none if they are simulated.
         images: Some of them.
@@ -57,7 +59,7 @@ class Question:
         num_gpus: What Ray says the node has.
     """
 
-    folder: Path
+    location: str
     probe: str
     content: str
     images_root: Path | None
@@ -80,11 +82,11 @@ def look(question: Question, node_id: str) -> Survey:
 
 
 @functools.cache
-def check_joined_node(folder: Path, digest: str) -> None:
+def check_joined_node(location: str, digest: str) -> None:
     """Refuse to train on a node that has joined since all were asked, and is not like them.
 
     Args:
-        folder: The sweep's.
+        location: The sweep's.
         digest: The driver's ``source_digest()``.
 
     Raises:
@@ -95,9 +97,9 @@ def check_joined_node(folder: Path, digest: str) -> None:
             f"every node must have the driver's code; {platform.node()} has other files in search "
             "or lightning_modules: install the same version there"
         )
-    if not (folder / "sweep.yaml").is_file():
+    if not files_at(location).has("sweep.yaml"):
         raise InputError(
-            f"every node must see the sweep's folder; {platform.node()} has no {folder}: mount "
+            f"every node must see the sweep's files; {platform.node()} has no {location}: mount "
             "the storage there"
         )
 
@@ -129,25 +131,26 @@ def versions() -> dict[str, str]:
 
 
 def _look_at_storage(question: Question, node_id: str) -> Finding:
-    folder = question.folder
+    files, content = files_at(question.location), question.content.encode()
     try:
-        if (folder / question.probe).read_text() != question.content:
-            raise FileNotFoundError(errno.ENOENT, "another folder of that name")
+        with files.open(f"{question.probe}/driver") as file:
+            if file.read() != content:
+                raise FileNotFoundError(errno.ENOENT, "another folder of that name")
+    except StorageError as error:
+        return Finding(text="not reached", trouble=f"{error}: {remedy_for(str(error))} there")
+    except InputError as error:
+        return Finding(text="not reached", trouble=str(error))
     except OSError as error:
         return Finding(
             text="not seen",
-            trouble=f"it does not see {folder} ({error.strerror}): mount the storage there",
+            trouble=f"it does not see {files.location} ({error.strerror}): mount the storage there",
         )
     try:
-        answer = folder / f"{question.probe}-{node_id}"
-        with answer.open("x") as file:
-            file.write(question.content)
-            file.flush()
-            os.fsync(file.fileno())
+        files.write(f"{question.probe}/{node_id}", content)
     except OSError as error:
         return Finding(
             text="read only",
-            trouble=f"it cannot write to {folder} ({error.strerror}): permit that",
+            trouble=f"it cannot write to {files.location} ({error.strerror or error}): permit that",
         )
     return Finding(text="writes")
 

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from search.space import Choice, Domain
 from search.sweep import METRIC_MODES, TrialParams
+from search.tuning.event_folder import EventFolder
 from search.tuning.events import EpochDone, Event, TrialEnded
 from search.tuning.standing import Standing
 
@@ -38,14 +39,16 @@ class SweepBoard:
         self._by_trials = f"{GROUP}/1 best so far by trials"
         self._by_seconds = f"{GROUP}/2 best so far by seconds"
         self._own = f"{GROUP}/3 best of each trial"
+        self._events = EventFolder(standing.sweep.files, f"tensorboard/{RUN_NAME}")
         self._writer: SummaryWriter | None = None
         self._best: float | None = None
         self._start_s = 0
 
     def start(self) -> None:
         """Open the run, and write what holds for the whole sweep."""
-        folder = self._standing.sweep.folder / "tensorboard" / RUN_NAME
+        folder = self._events.path
         with contextlib.suppress(OSError):
+            self._events.fetch()
             self._start_s = _last_step(folder, self._by_seconds)
             self._writer = SummaryWriter(str(folder), flush_secs=FLUSH_S)
             self._writer.add_custom_scalars(self._layout())
@@ -68,13 +71,16 @@ class SweepBoard:
                 self._writer.add_scalar(self._own, event.best, self._standing.num_ended)
 
     def refresh(self) -> None:
-        """Leave it to the writer, which flushes by itself."""
+        """Put what the writer has flushed by itself where others see it."""
+        if self._writer is not None:
+            self._events.publish()
 
     def close(self) -> None:
         """Close the run."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+            self._events.close()
 
     def _layout(self) -> dict[str, dict[str, list[Any]]]:
         metric = self._standing.sweep.metric

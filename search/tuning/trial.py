@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -28,9 +27,14 @@ from lightning_modules.feature_store import FeatureStore, Moment
 from lightning_modules.weights import WeightOrigin, num_initial_backbones
 from search.data import check_same_data, prepare_data
 from search.space import Choice
+from search.study.sweep_files import StorageError, SweepFiles
 from search.sweep import Sweep, TrialParams
 from search.tuning.callbacks import Report, ReportEpoch
 from search.tuning.checkpoint import AtomicCheckpointIO
+from search.tuning.checkpoint_files import folder_of
+from search.tuning.event_folder import EventFolder
+from search.tuning.patience import patiently
+from search.tuning.shared_weights import local_weights
 from search.tuning.survey import check_joined_node
 from search.tuning.trial_board import TrialBoard
 from search.tuning.worker import WORKER
@@ -57,7 +61,7 @@ class Run:
         sweep: Its settings.
         manifest: The images' labels and splits.
         pack: The images; decoded again if a node does not have them.
-        weights: Each backbone's initial weights, as a file that every node can read.
+        weights: Each backbone's initial weights, as a file that every node can read, or fetch.
         precisions: What each backbone is trained in, as Lightning names it.
         on_gpu: Whether a trial is given a GPU; one may be visible without.
         started: When the run began.
@@ -84,11 +88,12 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
     if not run.on_gpu:
         # The optimizer looks for GPUs at every step, which takes longer than a step of a head.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if run.source_digest is not None:
-        check_joined_node(run.sweep.folder, run.source_digest)
+    here = patiently(
+        lambda: _joined(run), (StorageError,), tell=logging.getLogger(__name__).warning
+    )
     leak = WORKER.leak_before_trial(cache_sizes())
     board = TrialBoard(
-        log_dir=run.sweep.folder / "tensorboard" / config["name"],
+        events=EventFolder(run.sweep.files, f"tensorboard/{config['name']}"),
         name=config["name"],
         params=config["params"],
         classes=run.manifest.classes,
@@ -99,8 +104,8 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
     try:
         fit_trial(
             config,
-            with_images(run),
-            folder=run.sweep.folder,
+            here,
+            files=run.sweep.files,
             report=tune.report,
             callbacks=[board],
             leak=leak,
@@ -117,7 +122,7 @@ def fit_trial(
     config: dict[str, Any],
     run: Run,
     *,
-    folder: Path,
+    files: SweepFiles,
     report: Report,
     callbacks: Sequence[pl.Callback] = (),
     leak: str = "",
@@ -126,8 +131,8 @@ def fit_trial(
 
     Args:
         config: What ``StudySearcher.suggest`` returned.
-        run: What all trials share; the images are here.
-        folder: Checkpoints go below it; the sweep's, but for a trial that is only replayed.
+        run: What all trials share; images and weights are here.
+        files: Checkpoints go there; the sweep's, but for a trial that is only replayed.
         report: Takes each epoch, and may end the training by not returning.
         callbacks: Come before the report.
         leak: What earlier trials have left behind in this process.
@@ -160,10 +165,9 @@ def fit_trial(
         views_are_shared=are_views_shared(sweep),
     )
     data.features_of = cache.features
-    checkpoint_io = AtomicCheckpointIO()
+    checkpoint_io = AtomicCheckpointIO(files)
     report_epoch = ReportEpoch(
-        folder=folder,
-        trial_folder=folder / "trials" / f"{config['number']:05d}",
+        trial_folder=folder_of(config["number"]),
         metric=sweep.metric,
         mode=sweep.mode,
         attempt=config["attempt"],
@@ -187,7 +191,7 @@ def fit_trial(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    start_from = None if resume is None else str(folder / resume["last"]["path"])
+    start_from = None if resume is None else resume["last"]["path"]
     trainer.fit(module, datamodule=data, ckpt_path=start_from)
 
 
@@ -196,8 +200,18 @@ def cache_sizes() -> tuple[int, ...]:
     return num_initial_backbones(), resident_images.cache_info().currsize
 
 
-def with_images(run: Run) -> Run:
-    """Decode the images if this node does not have them."""
+def _joined(run: Run) -> Run:
+    """Return what a trial needs on this node, which may have joined since all were asked."""
+    if run.source_digest is not None:
+        check_joined_node(run.sweep.location, run.source_digest)
+    return on_this_node(run)
+
+
+def on_this_node(run: Run) -> Run:
+    """Fetch the weights and decode the images if this node does not have them."""
+    run = replace(
+        run, weights={name: local_weights(origin) for name, origin in run.weights.items()}
+    )
     if run.pack.path.is_file():
         return run
     facts = {"manifest_digest": run.manifest.digest, "pack_digest": run.pack.digest}

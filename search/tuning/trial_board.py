@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard import SummaryWriter
 
 from search.tuning.callbacks import BEST_OF, confusion_of, epoch_metrics
+from search.tuning.event_folder import EventFolder
 from search.tuning.patience import patiently
 
 CURVES = (
@@ -45,7 +45,7 @@ class TrialBoard(pl.Callback):
     for a trial that is stopped or fails.
 
     Args:
-        log_dir: The run's folder.
+        events: The run's folder.
         name: The trial's.
         params: For the HParams tab.
         classes: Names for the confusion matrix.
@@ -56,14 +56,14 @@ class TrialBoard(pl.Callback):
     def __init__(
         self,
         *,
-        log_dir: Path,
+        events: EventFolder,
         name: str,
         params: dict[str, Any],
         classes: tuple[str, ...],
         metric: str,
         resume: dict[str, Any] | None,
     ) -> None:
-        self.log_dir = log_dir
+        self.events = events
         self.classes = classes
         self.metric = metric
         self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
@@ -76,11 +76,13 @@ class TrialBoard(pl.Callback):
         # What an interrupted attempt wrote of the epoch that is repeated is dropped.
         purge_step = None if resume is None else resume["last"]["epoch"] + 1
         self._patiently(lambda: self._open(purge_step))
+        self.events.publish()
 
     def _open(self, purge_step: int | None) -> None:
-        if not self.log_dir.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.log_dir))
-        self.writer = SummaryWriter(str(self.log_dir), purge_step=purge_step)
+        folder = self.events.path
+        if not folder.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
         self.file = self.writer._get_file_writer()
         self.file.add_summary(self.hparams)
         self.writer.flush()
@@ -97,6 +99,7 @@ class TrialBoard(pl.Callback):
         self._patiently(
             lambda: self._write_epoch(trainer, pl_module, step), reopen=lambda: self._open(step)
         )
+        self.events.publish()
 
     def _write_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         metrics = epoch_metrics(trainer, pl_module)
@@ -129,6 +132,7 @@ class TrialBoard(pl.Callback):
         status = api_pb2.STATUS_FAILURE if has_failed else api_pb2.STATUS_SUCCESS
         self.file.add_summary(_session_end(status))
         self.writer.close()
+        self.events.close()
 
 
 def _session_end(status: int) -> summary_pb2.Summary:

@@ -21,7 +21,6 @@ from lightning_modules.data.manifest import SPLITS, Manifest
 from lightning_modules.data.pack import Pack, default_cache_dir
 from lightning_modules.errors import InputError
 from lightning_modules.feature_store import current_moment
-from lightning_modules.files import write_atomically
 from lightning_modules.network_cost import measure_costs
 from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
@@ -31,6 +30,7 @@ from search.planning.plan import Plan, make_plan
 from search.planning.words import lines_of
 from search.study.origins import recorded_weights
 from search.study.record import Record
+from search.study.sweep_files import LocalFiles, is_object_storage
 from search.sweep import Sweep, TrialParams
 from search.tuning.faults import AlikeFailuresError
 from search.tuning.local_ray import local_ray
@@ -51,6 +51,7 @@ from search.tuning.resources import (
 )
 from search.tuning.scheduler import ResumableASHA
 from search.tuning.searcher import StudySearcher
+from search.tuning.shared_weights import local_weights, share_weights
 from search.tuning.silence import EndSilentWorkers
 from search.tuning.survey import source_digest
 from search.tuning.trial import Run, train_trial
@@ -112,34 +113,34 @@ def launch_sweep(
             stack.enter_context(connected(address))
             wait_for_node(sweep, wait_s, tell)
             check_nodes(sweep, manifest, pack, tell=tell)
-            weights = {name: _share(origin, sweep) for name, origin in weights.items()}
-        manifest.write(sweep.folder / "manifest.csv")
+        if address is not None or is_object_storage(sweep.storage):
+            weights = share_weights(weights, sweep)
         facts = {
             **_facts(manifest, pack, weights),
             "leakage": leakage,
             "costs": _costs(sweep, manifest, tell),
         }
         record = Record.create(sweep, facts)
-        if address is None:
-            stack.enter_context(connected(None))
+        stack.enter_context(record.being_written())
         is_local = address is None
-        run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
         try:
+            if is_local:
+                stack.enter_context(connected(None))
+            run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
             plan = make_plan(
-                run,
-                scratch=str(sweep.folder),
-                resources=resources,
-                network_costs=record.costs,
-                budget_s=budget_s,
+                run, resources=resources, network_costs=record.costs, budget_s=budget_s
             )
-        except InputError:
+        except BaseException:  # a signal, too
+            # No sweep comes of it, and a server would keep the name.
             record.delete()
+            sweep.files.remove(sweep.files.names("weights"))
             raise
         for line in lines_of(plan):
             tell(line)
         record.add_fact("forecast", plan.as_fact())
         record.sweep = plan.sweep
-        write_atomically(sweep.folder / "sweep.yaml", dump_sweep(plan.sweep).encode())
+        sweep.files.write("manifest.csv", manifest.csv())
+        sweep.files.write("sweep.yaml", dump_sweep(plan.sweep).encode())
         run = dataclasses.replace(run, sweep=plan.sweep)
         _run(record, run, resources, is_local=is_local, tell=tell, as_json=as_json)
     return record
@@ -178,16 +179,14 @@ def plan_sweep(
             if address is not None:
                 wait_for_node(sweep, wait_s, tell)
                 check_nodes(sweep, manifest, pack, tell=tell)
-                weights = {name: _share(origin, sweep) for name, origin in weights.items()}
+                weights = share_weights(weights, sweep)
             measured = measure(sweep, is_local=address is None)
             run, resources = _run_of(
                 sweep, manifest, pack, weights, measured, is_local=address is None
             )
-            return make_plan(
-                run, scratch=str(sweep.folder), resources=resources, network_costs=costs
-            )
+            return make_plan(run, resources=resources, network_costs=costs)
     finally:
-        shutil.rmtree(sweep.folder / "weights", ignore_errors=True)
+        sweep.files.remove(sweep.files.names("weights"))
 
 
 def _look(
@@ -215,7 +214,7 @@ def _look(
 
 
 def resume_sweep(
-    sweep: Sweep,
+    record: Record,
     manifest: Manifest,
     pack: Pack,
     *,
@@ -223,14 +222,14 @@ def resume_sweep(
     tell: Tell,
     wait_s: float = 0.0,
     as_json: bool = False,
-) -> Record:
+) -> None:
     """Go on with a sweep that was interrupted.
 
     Finished trials are not run again. Unfinished ones go on under their numbers and params from
     their last whole checkpoint, and the scheduler's rungs hold every recorded epoch.
 
     Args:
-        sweep: As it was launched; its folder is held.
+        record: Of the sweep as it was launched; held, and being written.
         manifest: Its images, split, as they are now.
         pack: Its images, decoded, as they are now.
         address: A running Ray cluster's; none starts one on this machine.
@@ -238,15 +237,12 @@ def resume_sweep(
         wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
         as_json: Whether events go to standard output, see ``events``, instead of a view for people.
 
-    Returns:
-        The sweep's record.
-
     Raises:
         InputError: If the record is damaged, or if the images or the initial weights are not the
             ones it was launched with.
     """
-    record = Record.open(sweep)
     record.check()
+    sweep = record.sweep
     weights = recorded_weights(record)
     check_same_data(record.facts, manifest, pack)
     for backbone, origin in weights.items():
@@ -260,7 +256,6 @@ def resume_sweep(
         is_local = address is None
         run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
         _run(record, run, resources, is_local=is_local, tell=tell, as_json=as_json)
-    return record
 
 
 def _prepare(
@@ -354,7 +349,7 @@ def run_trials(
     """Run the trials that a record has yet to see the end of.
 
     Args:
-        record: Where trials come from, and where everything they report goes.
+        record: Where trials come from, and where everything they report goes; being written.
         trainable: Reports epochs to Ray Tune, as ``train_trial`` does; with its resources.
         max_concurrent_trials: Trials at a time.
         is_local: Whether all of it happens on this machine.
@@ -374,17 +369,20 @@ def run_trials(
     remaining = len(unfinished) + sweep.search.num_trials - record.num_trials
     if remaining <= 0:
         return
-    for name in ("trials", "tensorboard"):
-        # Here alone: a worker that made them would write beneath a mount that is gone.
-        (sweep.folder / name).mkdir(exist_ok=True)
+    if isinstance(sweep.files, LocalFiles):
+        for name in ("trials", "tensorboard"):
+            # Here alone: a worker that made them would write beneath a mount that is gone.
+            (sweep.files.folder / name).mkdir(exist_ok=True)
     progress = Progress(record, scheduler, as_json=as_json)
     with (
-        record.being_written(),
         tempfile.TemporaryDirectory(prefix="neurosweep-") as scratch,
         interruption.taken(),
     ):
-        # Never read back, but on a cluster every node has to see it.
-        ray_folder = Path(scratch) if is_local else sweep.folder / "ray"
+        # Never read back; in a shared folder, every node of a cluster sees it. Ray looks for it on
+        # a worker only if that reports a checkpoint to Ray, which none does.
+        ray_folder = Path(scratch)
+        if not is_local and not is_object_storage(sweep.storage):
+            ray_folder = sweep.folder / "ray"
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -413,11 +411,12 @@ def run_trials(
         finally:
             progress.close()
         recorder.settle()
-        shutil.rmtree(sweep.folder / "ray", ignore_errors=True)
+        shutil.rmtree(ray_folder, ignore_errors=True)
     if recorder.storage_error:
         raise InputError(
-            f"the sweep's storage must take what is written; {recorder.storage_error}: make room, "
-            f"then `neurosweep resume {sweep.reference}`; nothing recorded is lost"
+            f"the sweep's storage must take what is written; {recorder.storage_error}: make room "
+            f"or bring it back, then `neurosweep resume {sweep.reference}`; nothing recorded is "
+            "lost"
         )
     if recorder.bug:
         raise AlikeFailuresError(recorder.bug.traceback)
@@ -441,16 +440,6 @@ def _shares(sweep: Sweep, measured: dict[str, Any]) -> Shares:
     return shares_of(
         measured["gpu_peak_bytes"], measured["gpu_total_bytes"], max_trials_per_gpu(sweep)
     )
-
-
-def _share(origin: WeightOrigin, sweep: Sweep) -> WeightOrigin:
-    """Copy initial weights to where every node of a cluster sees them."""
-    if origin.path is None:
-        return origin
-    shared = sweep.folder / "weights" / Path(origin.path).name
-    shared.parent.mkdir(exist_ok=True)
-    shutil.copyfile(origin.path, shared)
-    return dataclasses.replace(origin, path=str(shared))
 
 
 def _trial_name(trial: Any) -> str:
@@ -499,7 +488,8 @@ def check_same_weights(backbone: str, origin: WeightOrigin) -> None:
     Raises:
         InputError: If the file has changed, or is gone.
     """
-    now = find_weights(origin.path or "random", backbone=backbone, seed=origin.seed)
+    here = local_weights(origin).path
+    now = find_weights(here or "random", backbone=backbone, seed=origin.seed)
     if now.digest != origin.digest:
         raise InputError(
             f"a sweep is resumed from the weights it was launched with; {origin.path} has changed "
