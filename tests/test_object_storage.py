@@ -43,6 +43,7 @@ from search.tuning.event_folder import EventFolder
 from search.tuning.patience import patiently
 from search.tuning.shared_weights import local_weights, share_weights
 from search.tuning.survey import Finding, Question, check_joined_node, look, source_digest
+from search.tuning.trial_board import TrialBoard
 
 ORIGIN: dict[str, Any] = {
     "origin": "somewhere",
@@ -373,6 +374,29 @@ def test_a_resumed_sweep_goes_on_with_its_curves(bucket: ObjectStorage) -> None:
     again.close()
     assert files.open("tensorboard/sweep/events.1").read() == b"changed by nobody"
     assert files.open("tensorboard/sweep/events.2").read() == b"two"
+
+
+@pytest.mark.cluster
+def test_a_trial_that_ends_while_the_storage_is_away_keeps_its_curves(
+    bucket: ObjectStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_files, "RETRY_S", 1)
+    files = files_at("s3://bucket/ended")
+    board = TrialBoard(
+        events=EventFolder(files, "tensorboard/00003"), name="00003", params={}, classes=("a", "b"),
+        metric="val_loss", resume=None,
+    )  # fmt: skip
+    board.writer.add_scalar("val_loss", 0.5, 3)
+    bucket.stop(signal.SIGKILL)
+    restart = threading.Timer(5, bucket.start)
+    restart.start()
+    board.close(has_failed=False)
+    restart.join()
+    [name] = files.names("tensorboard")
+    with files.local(name) as path:
+        accumulator = EventAccumulator(str(path))
+        accumulator.Reload()
+        assert [event.step for event in accumulator.Scalars("val_loss")] == [3]
 
 
 @pytest.mark.cluster

@@ -55,25 +55,31 @@ class EventFolder:
 
     def publish(self) -> None:
         """Put what was written where others see it, if it was not done, or tried, just now."""
-        if time.monotonic() >= self._next_s:
-            self._upload()
-
-    def close(self) -> None:
-        """Put everything where others see it."""
-        self._upload()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-
-    def _upload(self) -> None:
-        if self._scratch is None:
+        if time.monotonic() < self._next_s:
             return
         start_s = time.monotonic()
-        # Nothing fails for curves; whether storage is there is found out with the checkpoint.
         with suppress(StorageError):
-            for path in self.path.iterdir():
-                content = path.read_bytes()
-                if len(content) != self._sizes.get(path.name):
-                    self._files.write(f"{self._name}/{path.name}", content)
-                    self._sizes[path.name] = len(content)
+            self.upload()
         end_s = time.monotonic()
         self._next_s = end_s + REST * (end_s - start_s)
+
+    def upload(self) -> None:
+        """Put what was written where others see it, at once.
+
+        Raises:
+            StorageError: If the storage does not take it.
+        """
+        if self._scratch is None:
+            return
+        for path in self.path.iterdir():
+            content = path.read_bytes()
+            if len(content) != self._sizes.get(path.name):
+                self._files.write(f"{self._name}/{path.name}", content)
+                self._sizes[path.name] = len(content)
+
+    def close(self) -> None:
+        """Put everything where others see it; nothing fails for curves."""
+        with suppress(StorageError):
+            self.upload()
+        if self._scratch is not None:
+            self._scratch.cleanup()

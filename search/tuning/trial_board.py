@@ -1,5 +1,6 @@
 """A trial's TensorBoard run, as its worker writes it: params and curves."""
 
+import contextlib
 import errno
 import logging
 import math
@@ -132,6 +133,9 @@ class TrialBoard(pl.Callback):
         status = api_pb2.STATUS_FAILURE if has_failed else api_pb2.STATUS_SUCCESS
         self.file.add_summary(_session_end(status))
         self.writer.close()
+        # Whole if they can be; a trial that has ended does not fail for them.
+        with contextlib.suppress(OSError):
+            self._patiently(self.events.upload)
         self.events.close()
 
 
