@@ -1,4 +1,4 @@
-"""Does a driver that is killed lose anything? How soon does a resumed sweep go on?
+"""Does a driver that is killed lose anything?
 
     uv run python experiments/benchmarks/kills.py --out kills.json
 
@@ -6,7 +6,6 @@
 (searcher, scheduler, recorder, SQLite) in the order of Ray's controller; nothing is
 trained, and checkpoints are small files. `real` kills the command line with Ray, workers, and
 training. After each kill the study is read with SQLite alone and compared with what it held before.
-`resume` times a study of 1,000 finished trials.
 """
 
 import argparse
@@ -21,7 +20,6 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,108 +274,16 @@ def read_only(database: Path) -> set[tuple[int, str]]:
         return set()
 
 
-# How soon a resumed sweep goes on
-
-
-def time_resume(folder: Path, num_trials: int) -> dict[str, Any]:
-    """Time a resume of a study in which all trials but one have ended."""
-    from scale import loss_of, report_of
-
-    from search.results import open_sweep
-    from search.study.record import Record, encode_metrics
-    from search.study.recorded import Epoch
-    from search.tuning.recorder import StudyRecorder
-    from search.tuning.scheduler import ResumableASHA
-    from search.tuning.searcher import StudySearcher
-
-    storage = folder / "sweeps"
-    (folder / "sweep.yaml").write_text(REAL_SWEEP)
-    launch = ["launch", str(folder / "sweep.yaml"), "--set", "search.num_trials=1"]
-    launch += ["--set", "training.max_epochs=3", "--storage", str(storage)]
-    env = environment(folder)
-    subprocess.run(command(*launch), env=env, check=True, stdout=subprocess.DEVNULL)
-    settings = storage / "killed" / "sweep.yaml"
-    settings.write_text(settings.read_text().replace("num_trials: 1", f"num_trials: {num_trials}"))
-    sweep = open_sweep("killed", storage)
-    record = Record.open(sweep)
-    with record.being_written():
-        while record.num_trials < num_trials - 1:
-            trial = record.draw()
-            params = {"params": {"lr": trial.params.lr, "unfreeze_depth": 1}}
-            for number in (1, 2, 3):
-                result = report_of(trial.number, number, loss_of(params, number))
-                epoch = Epoch(
-                    epoch=number,
-                    metrics=encode_metrics(result["metrics"]),
-                    confusion=result["confusion"],
-                    last=None,
-                    best=None,
-                    stopped="max_epochs" if number == 3 else "",
-                    features=result["features"],
-                    ran_on=result["ran_on"],
-                )
-                record.add_epoch(trial.number, epoch)
-    start_s = time.perf_counter()
-    record = Record.open(sweep)
-    scheduler = ResumableASHA(sweep, record.trials())
-    recorder = StudyRecorder(record, scheduler)
-    config = StudySearcher(record, recorder.take_up(), recorder).suggest("first")
-    record_s = time.perf_counter() - start_s
-    assert config["number"] == num_trials - 1
-    started = storage / "killed" / "tensorboard"
-    driver = [sys.executable, __file__, "--resume-child", str(storage), str(started)]
-    done = subprocess.run(driver, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    within_s = json.loads(done.stdout.splitlines()[-1])
-    return {"trials": num_trials, "record_s": record_s, **within_s}
-
-
-def resume_child(storage: str, started: str) -> None:
-    """Resume with everything imported; say how long it took until the first trial ran."""
-    before_s = time.monotonic()
-    import search.tuning.tuner as tuner
-    from search.cli import main
-
-    import_s = time.monotonic() - before_s
-    there = set(Path(started).iterdir())
-    found: dict[str, float] = {"import_s": import_s}
-    start_ray, start_s = tuner.ray.init, time.monotonic()
-
-    def init(*arguments: Any, **options: Any) -> Any:
-        found["before_ray_s"] = time.monotonic() - start_s
-        result = start_ray(*arguments, **options)
-        found["ray_up_s"] = time.monotonic() - start_s
-        return result
-
-    def watch() -> None:
-        while not set(Path(started).iterdir()) - there:
-            time.sleep(0.01)
-        found["first_trial_s"] = time.monotonic() - start_s
-
-    tuner.ray.init = init
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    with contextlib.redirect_stdout(sys.stderr):
-        main(["resume", "killed", "--storage", storage])
-    watcher.join()
-    print(json.dumps(found))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--simulated", type=int, default=200, metavar="KILLS")
     parser.add_argument("--real", type=int, default=20, metavar="KILLS")
-    parser.add_argument("--resume", type=int, default=1000, metavar="TRIALS")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
-    parser.add_argument("--resume-child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.resume_child:
-        resume_child(*options.resume_child)
-        return
     found: dict[str, Any] = {}
     for name, measure, count in (
         ("simulated", kill_simulated, options.simulated),
         ("real", kill_real, options.real),
-        ("resume", time_resume, options.resume),
     ):
         if count:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
