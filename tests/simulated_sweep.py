@@ -1,9 +1,10 @@
 """A sweep of simulated trials on a cluster: new, or gone on with. Run by ``test_nodes``.
 
-    python simulated_sweep.py FOLDER ADDRESS
+    python simulated_sweep.py FOLDER ADDRESS [HOST]
 
 Everything but the training is the product: record, searcher, scheduler, tuner. A trial writes real
-checkpoint files and appends every epoch it runs to FOLDER/executed, in one write a line.
+checkpoint files and appends every epoch it runs to FOLDER/executed, in one write a line. On HOST
+all of them fail.
 """
 
 import os
@@ -19,12 +20,14 @@ EPOCH_S = 0.6
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
-def simulate(config: dict[str, Any], folder: str) -> None:
+def simulate(config: dict[str, Any], folder: str, bad_host: str) -> None:
     """Report an epoch now and then, from where the last checkpoint was."""
     import socket
 
     from ray import tune
 
+    if socket.gethostname() == bad_host:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     number, attempt, resume = config["number"], config["attempt"], config["resume"]
     trial_folder = Path(folder) / "trials" / f"{number:05d}"
     trial_folder.mkdir(parents=True, exist_ok=True)
@@ -60,11 +63,12 @@ def simulate(config: dict[str, Any], folder: str) -> None:
         )
 
 
-def main(folder: Path, address: str) -> None:
+def main(folder: Path, address: str, bad_host: str = "") -> None:
     from lightning_modules.data.phantom import PhantomSettings
     from search.study.record import Record
     from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
     from search.tuning import tuner
+    from search.tuning.resources import placement_of
 
     sweep = Sweep(
         name=folder.name,
@@ -82,14 +86,14 @@ def main(folder: Path, address: str) -> None:
     from ray import tune
 
     with tuner.connected(address), record.being_written():
-        trainable = tune.with_parameters(simulate, folder=str(sweep.folder))
+        trainable = tune.with_parameters(simulate, folder=str(sweep.folder), bad_host=bad_host)
         tuner.run_trials(
             record,
-            tune.with_resources(trainable, {"CPU": 1}),
+            tune.with_resources(trainable, lambda config: placement_of({"CPU": 1.0}, config)),
             max_concurrent_trials=2,
             is_local=False,
         )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -300,6 +300,8 @@ def test_what_ray_writes_of_a_failure_is_read(
     fault = read_fault(SimpleNamespace(error_file=str(path)))
     assert fault.kind == kind
     assert fault.reason.startswith(reason)
+    # What becomes of a node that is gone says nothing of it.
+    assert fault.node == ("192.0.2.2" if text and "node has died" not in text else "")
     if kind != "worker":
         assert fault.place.endswith("at /site-packages/trial.py:12")
 

@@ -7,6 +7,7 @@ all of it goes with them. They share this machine's files, as nodes share a stor
 import contextlib
 import itertools
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -247,10 +248,11 @@ class SimulatedSweep:
         self.folder = storage / "simulated"
         self.driver: subprocess.Popen[str] | None = None
 
-    def start(self) -> None:
+    def start(self, bad_host: str = "") -> None:
         script = str(ROOT / "tests" / "simulated_sweep.py")
+        command = [sys.executable, script, str(self.folder), HEAD, bad_host]
         self.driver = subprocess.Popen(
-            self.network.command("head", sys.executable, script, str(self.folder), HEAD),
+            self.network.command("head", *command),
             env=self.network.environment(),
             cwd=self.network.scratch,
             stdout=subprocess.PIPE,
@@ -384,6 +386,17 @@ def test_after_a_node_was_cut_off_and_came_back_the_table_is_full(
     cluster.cable("b", "up")
     sweep.finish()
     sweep.check_full_table(before, num_before)
+
+
+def test_trials_that_fail_on_one_node_run_on_another_and_the_node_is_named(
+    sweep: SimulatedSweep,
+) -> None:
+    sweep.start(bad_host="node-b")
+    printed = sweep.finish()
+    reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert re.search(rf"10\.77\.0\.3: trial 0000\d goes elsewhere; {reason}", printed), printed
+    sweep.check_full_table([], 0)
+    assert {node for *_, node, _ in sweep.executed()} == {"node-a"}
 
 
 def test_after_the_driver_is_killed_the_table_is_full(sweep: SimulatedSweep) -> None:

@@ -16,6 +16,11 @@ STORAGE_ERRORS = tuple(
     kind.__name__ for kind in (StorageError, StorageRefusedError, StorageGoneError)
 )
 
+# What becomes of a node that is gone is no sign of how it does when it is there.
+NODE_GONE = "its node went away"
+
+# In the line that heads an exception, and in Ray's account of an actor.
+_NODE = re.compile(r"\bip(?:=|: )([^\s,)]+)")
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)', re.MULTILINE)
 
 
@@ -40,12 +45,14 @@ class Fault:
         kind: ``worker``: it died, was killed, or its node went away; ``storage``: it took no more;
             ``memory``: a single image did not fit; ``trial``: any other exception.
         reason: One line, for people.
+        node: The address of where it happened; empty if that is not known.
         place: The exception's type and where it was raised; empty for a worker's.
         traceback: The exception's; empty for a worker's.
     """
 
     kind: Literal["worker", "storage", "memory", "trial"]
     reason: str
+    node: str = ""
     place: str = ""
     traceback: str = ""
 
@@ -56,9 +63,11 @@ def read_fault(ray_trial: Any) -> Fault:
     text = Path(path).read_text(errors="replace") if path else ""
     # Ray's own line comes first: "Failure # 1 (occurred at ...)".
     lines = re.sub(r"\x1b\[\d+m", "", text).splitlines()[1:]
+    [node] = _NODE.findall("\n".join(lines))[:1] or [""]
     # It heads exceptions, and those alone, with the task that raised them.
     if not lines or "ray::" not in lines[0]:
-        return Fault(kind="worker", reason=_why_worker_died("\n".join(lines)))
+        reason = _why_worker_died("\n".join(lines))
+        return Fault(kind="worker", reason=reason, node="" if NODE_GONE in reason else node)
     traceback = "\n".join(lines[1:]).strip("\n")
     frames = list(_FRAME.finditer(traceback))
     after = traceback[frames[-1].end() :] if frames else traceback
@@ -67,13 +76,13 @@ def read_fault(ray_trial: Any) -> Fault:
     kind: Literal["storage", "memory", "trial"] = "trial"
     name, _, told = reason.partition(": ")
     if name.endswith(STORAGE_ERRORS):
-        return Fault(kind="storage", reason=told, traceback=traceback)
+        return Fault(kind="storage", reason=told, node=node, traceback=traceback)
     if any(fault in reason for fault in STORAGE_FAULTS):
         kind = "storage"
     elif _is_out_of_memory(reason):
         kind = "memory"
     place = f"{name} at {frames[-1]['file']}:{frames[-1]['line']}" if frames else name
-    return Fault(kind=kind, reason=reason, place=place, traceback=traceback)
+    return Fault(kind=kind, reason=reason, node=node, place=place, traceback=traceback)
 
 
 def _is_out_of_memory(reason: str) -> bool:
@@ -86,10 +95,10 @@ def _why_worker_died(text: str) -> str:
     for sign, reason in (
         ("running low on memory", "killed, since its node ran out of memory"),
         ("was killed by `ray.kill`", "killed, since it was silent for too long"),
-        ("node has died", "its node went away"),
-        ("node was terminated", "its node went away"),
-        ("its owner has died", "its node went away"),
-        ("placement group", "its node went away"),
+        ("node has died", NODE_GONE),
+        ("node was terminated", NODE_GONE),
+        ("its owner has died", NODE_GONE),
+        ("placement group", NODE_GONE),
     ):
         if sign in text:
             return f"worker lost: {reason}"

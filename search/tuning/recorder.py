@@ -18,6 +18,7 @@ from search.study.recorded import CheckpointFile, Epoch, Trial
 from search.study.storage import STORAGE_ERRORS, UnreachableError
 from search.tuning.checkpoint_files import folder_of, remove_all_but
 from search.tuning.faults import MAX_RESTARTS, Fault, read_fault
+from search.tuning.node_health import NodeHealth
 from search.tuning.patience import patiently
 from search.tuning.scheduler import ResumableASHA
 
@@ -28,7 +29,8 @@ class StudyRecorder(Callback):
     """Commits every epoch and every ending to the record as it arrives.
 
     A trial that fails before any trial of this run has reported may not be the one to blame: what
-    becomes of it is settled by the first report, or by a second failure at the same place.
+    becomes of it is settled by the first report, or by a second failure at the same place. Where
+    there are several nodes, it is run again on another first: it may be the node that is to blame.
 
     Args:
         record: Written to.
@@ -40,7 +42,8 @@ class StudyRecorder(Callback):
             left as they are, to be resumed.
         bug: What two trials failed with alike before any had reported; none if none did.
         open: The trials that were handed out and have not ended.
-        again: The trials to hand out once more, since their worker was lost.
+        again: The trials to hand out once more, since their worker was lost, or their node bad.
+        nodes: How they do.
         deadline_s: When the time budget is used up, on the monotonic clock.
     """
 
@@ -65,6 +68,7 @@ class StudyRecorder(Callback):
         self._trials: list[Any] = []
         self.open: set[int] = set()
         self.again: deque[int] = deque()
+        self.nodes = NodeHealth()
         self.deadline_s = time.monotonic() + (record.sweep.search.time_budget_s or math.inf)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,6 +169,10 @@ class StudyRecorder(Callback):
             self.open.discard(number)
             self._retain(number, epoch.best)
         self._has_report = True
+        for node in self.nodes.note_report(number):
+            self._tell(
+                f"node    {node} is left alone from now on: what failed there runs elsewhere"
+            )
         self.settle()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -177,6 +185,10 @@ class StudyRecorder(Callback):
         if fault.kind == "storage":
             self.storage_error = fault.reason
         elif fault.kind == "worker":
+            self.nodes.note_failure(fault.node, number)
+            self._run_again(number, fault)
+        elif fault.kind == "trial" and self.nodes.note_failure(fault.node, number):
+            self._tell(f"node    {fault.node}: trial {number:05d} goes elsewhere; {fault.reason}")
             self._run_again(number, fault)
         elif fault.kind == "trial" and not self._has_report:
             alike = [other for other in self._unsettled.values() if other.place == fault.place]

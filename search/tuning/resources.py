@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import torch
+from ray import tune
 
 from lightning_modules.data.pack import default_cache_dir
 from lightning_modules.errors import InputError
@@ -80,6 +81,22 @@ def whole_resources(sweep: Sweep) -> dict[str, float]:
 def max_concurrent(resources: Mapping[str, float]) -> int:
     """Return how many trials with such resources the connected cluster runs at once."""
     return sum(num_fitting(node, resources) for node in _nodes())
+
+
+def placement_of(
+    resources: Mapping[str, float], config: Mapping[str, Any]
+) -> tune.PlacementGroupFactory:
+    """Return what Ray gives a trial, and where.
+
+    Args:
+        resources: As Ray names them.
+        config: The trial's; the nodes that it avoids are not placed on.
+    """
+    avoided = config["avoided_nodes"]
+    if not avoided:
+        return tune.PlacementGroupFactory([dict(resources)])
+    selector = {"ray.io/node-id": f"!in({','.join(avoided)})"}
+    return tune.PlacementGroupFactory([dict(resources)], bundle_label_selector=[selector])
 
 
 def max_trials_per_gpu(sweep: Sweep) -> int:

@@ -54,6 +54,8 @@ class StudySearcher(Searcher):
             "view_seed": trial.view_seed,
             "attempt": trial.attempt,
             "resume": resume,
+            # Read where the trial's resources are chosen.
+            "avoided_nodes": recorder.nodes.avoided_by(trial.number),
         }
 
     def _next(self) -> Trial | None:

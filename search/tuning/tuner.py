@@ -45,6 +45,7 @@ from search.tuning.resources import (
     max_concurrent,
     max_trials_per_gpu,
     measure,
+    placement_of,
     share_of,
     shares_of,
     whole_resources,
@@ -97,7 +98,6 @@ def launch_sweep(
         tell: Given a line for the user now and then.
         wait_s: How long to wait for a cluster that grows to have a node that a trial fits.
         as_json: Whether events go to standard output, see ``events``, instead of a view for people.
-
         budget_s: Run as many trials as will probably fit; none runs the sweep's own number.
 
     Returns:
@@ -311,7 +311,7 @@ def _run(
 
     def resources_of(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         gpu = share_of(TrialParams(**config["params"]), shares) if shares else whole["gpu"]
-        return tune.PlacementGroupFactory([{"CPU": whole["cpu"], "GPU": gpu}])
+        return placement_of({"CPU": whole["cpu"], "GPU": gpu}, config)
 
     is_new = record.num_trials == 0
     start_s = time.monotonic()
