@@ -74,7 +74,7 @@ def test_optuna_reads_the_same_as_from_a_file(sweep: Sweep, tmp_path: Path) -> N
         record = Record.create(one, {"classes": ["glioma"]})
         fill(record)
         study = optuna.load_study(study_name=one.name, storage=one.study_url)
-        assert study.user_attrs == {"classes": ["glioma"]}
+        assert study.user_attrs["classes"] == ["glioma"]
         found.append(
             [
                 (

@@ -1,5 +1,7 @@
 """A sweep that is killed and resumed ends as one that was left alone."""
 
+import os
+import secrets
 import signal
 import sqlite3
 import subprocess
@@ -34,6 +36,10 @@ scheduler: {grace_period_epochs: 1, reduction_factor: 2}
 
 COMMAND = [sys.executable, "-m", "search.cli"]
 
+# By which the processes of these sweeps are told from those of others on this machine.
+MARK = f"NEUROSWEEP_TEST={secrets.token_hex(8)}"
+ENVIRONMENT = os.environ | dict([MARK.split("=")])
+
 
 @pytest.fixture(scope="module")
 def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,6 +54,7 @@ def left_alone(sweep_file: Path) -> Iterator[list[Trial]]:
     storage = sweep_file.parent / "left-alone"
     run = subprocess.run(
         [*COMMAND, "launch", str(sweep_file), "--storage", str(storage)],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=600,
@@ -106,7 +113,9 @@ def test_a_sweep_killed_three_times_ends_as_one_left_alone(
     kills = [(1, 0.15), (total // 2, 0.0), (total - 1, 0.05)]
     command = [*COMMAND, "launch", str(sweep_file), "--storage", str(storage)]
     for epochs, delay_s in kills:
-        driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        driver = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         deadline_s = time.monotonic() + 300
         while num_epochs(storage) < epochs:
             assert driver.poll() is None, driver.communicate()[0].decode()
@@ -118,7 +127,7 @@ def test_a_sweep_killed_three_times_ends_as_one_left_alone(
         before = read_trials(storage)
         command = [*COMMAND, "resume", "resumed", "--storage", str(storage)]
 
-    resumed = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    resumed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert resumed.returncode == 0, resumed.stderr
     after = read_trials(storage)
 
@@ -136,7 +145,7 @@ def test_a_sweep_killed_three_times_ends_as_one_left_alone(
     kept = sorted((storage / "resumed" / "trials").rglob("*.ckpt"))
     assert len(kept) == 3
     assert not list((storage / "resumed").rglob("*.tmp"))
-    assert not ray_processes(), "processes of a killed sweep live on"
+    assert not processes(), "processes of a killed sweep live on"
 
 
 @pytest.mark.slow
@@ -150,8 +159,8 @@ def test_resuming_a_finished_sweep_returns_at_once(
     assert outcome(read_trials(storage)) == outcome(left_alone)
 
 
-def ray_processes() -> list[str]:
-    """Command lines of Ray processes that this test's sweeps may have left."""
+def processes() -> list[str]:
+    """Command lines of processes that this test's sweeps have left."""
     found = []
     # Ray's agents look for their raylet now and then, and end when it was gone a few times.
     deadline_s = time.monotonic() + 60
@@ -159,11 +168,11 @@ def ray_processes() -> list[str]:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if MARK.encode() in (folder / "environ").read_bytes():
+                    line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found.append(line[:100])
             except OSError:
                 continue
-            if "raylet/raylet" in line or "gcs_server" in line or line.startswith("ray::"):
-                found.append(line[:100])
         if not found:
             return []
         time.sleep(0.5)

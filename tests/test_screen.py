@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyte
 import pytest
-from conftest import TINY_SWEEP
 
 from lightning_modules.data.phantom import PhantomSettings
 from search.space import Float
@@ -251,6 +250,9 @@ def test_only_a_terminal_gets_a_screen(
 
 @pytest.mark.slow
 def test_a_sweep_in_a_terminal_is_one_screen_and_then_a_table(tmp_path: Path) -> None:
+    # Not above: this file runs itself, where there is no conftest.
+    from conftest import TINY_SWEEP
+
     (tmp_path / "sweep.yaml").write_text(TINY_SWEEP)
     command = [sys.executable, "-m", "search.cli", "launch", "sweep.yaml"]
     terminal = Terminal(command, 80, 24, tmp_path)
