@@ -122,6 +122,7 @@ def resume(options: argparse.Namespace) -> None:
                 _exit(_run_to_end(sweep, options, record)[1])
                 return
         console = _console(for_people=not options.json)
+        console.print(f"{sweep.name} has ended: there is nothing to go on with", soft_wrap=True)
         print_trials(console, record, num_rows=20)
         if options.json:
             _tell_end(record, elapsed_s=0.0)
@@ -259,6 +260,8 @@ def _finish(console: Console, record: Any, bundle: Path | None) -> None:
     _print_tunnel(console, "  ")
     page = shlex.quote(f"{sweep.name}.html")
     console.print(f"  neurosweep report {sweep.reference} --out {page}", soft_wrap=True)
+    if "confirmation" not in record.facts:
+        console.print(f"  neurosweep confirm {sweep.reference}", soft_wrap=True)
     if bundle is None:
         console.print(f"  neurosweep export {sweep.reference} {sweep.name}-bundle", soft_wrap=True)
     else:
@@ -271,7 +274,8 @@ def _print_end(console: Console, record: Any, *, elapsed_s: float) -> int:
     run_epochs = sum(len(trial.epochs) for trial in trials)
     possible = sweep.search.num_trials * sweep.training.max_epochs
     console.print(
-        f"{len(trials)} trials, {run_epochs} epochs run of {possible} possible, {elapsed_s:.0f} s"
+        f"{len(trials)} trials, {run_epochs} epochs run of {possible} possible, {elapsed_s:.0f} s "
+        "with all that came before the first"
     )
     outcomes = collections.Counter(epoch.features for trial in trials for epoch in trial.epochs)
     told = ", ".join(f"{outcome} in {count} epochs" for outcome, count in outcomes.most_common())
@@ -405,6 +409,7 @@ def _print_bundle(console: Console, out: Path, parity: Any) -> None:
         f"difference of a logit {parity.largest_difference:.2e}",
         soft_wrap=True,
     )
+    console.print(f"  neurosweep evaluate {shlex.quote(str(out))} --data SWEEP", soft_wrap=True)
     console.print(f"  neurosweep predict {shlex.quote(str(out))} IMAGE...", soft_wrap=True)
 
 

@@ -194,6 +194,8 @@ def draw_front(record: Record, out: Path) -> None:
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     if sweep.mode == "min":
         axes.invert_yaxis()
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--plot must be a file that ends in .png; got {out.name}: rename it")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     try:

@@ -55,11 +55,16 @@ def open_sweep(name: str, storage: Path | str) -> Sweep:
     storage = Path(storage)
     folder = Path(name) if (Path(name) / "sweep.yaml").is_file() else storage / name
     if not (folder / "sweep.yaml").is_file():
+        if (folder / ".lock").is_file():
+            raise InputError(
+                f"the sweep must have been launched; {folder.name} is being prepared, or was ended "
+                "before its first trial: look again in a moment, or launch it again"
+            )
         found = sorted(path.parent.name for path in storage.glob("*/sweep.yaml"))
         there = f"there are {', '.join(found[:10])}" if found else "there are none"
         raise InputError(
             f"the sweep must have been launched; no {folder / 'sweep.yaml'}: {there}, and "
-            "`--storage` says where sweeps are"
+            "`--storage` says where sweeps are, if you launched it in another folder"
         )
     # The folder may have been moved since.
     moved = {"storage": str(folder.resolve().parent)}

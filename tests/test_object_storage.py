@@ -601,7 +601,7 @@ def test_a_sweep_on_servers_that_fail_ends_as_one_in_a_folder_that_is_left_alone
             assert now.epochs[: len(was.epochs)] == was.epochs
             assert was.state == "running" or now == was
 
-        check_files(record, tmp_path)
+        check_files(record, tmp_path, {t.number for t in before if t.state != "running"})
         bundle = tmp_path / "bundle"
         code, text = Run(["export", *STORED, str(bundle)], tmp_path / "export.log").end()
         assert code == 0, text
@@ -611,8 +611,12 @@ def test_a_sweep_on_servers_that_fail_ends_as_one_in_a_folder_that_is_left_alone
         check_secrets(database, bucket, Path(ray_folder))
 
 
-def check_files(record: Record, tmp_path: Path) -> None:
-    """The baseline's checkpoint and two, all curves, and what there was at the start."""
+def check_files(record: Record, tmp_path: Path, ended: set[int]) -> None:
+    """The baseline's checkpoint and two, all curves, and what there was at the start.
+
+    Trials that ended just before the key was withdrawn, or the driver killed, may lack the last of
+    their curves.
+    """
     files, trials = record.sweep.files, record.trials()
     there = files.names("")
     kept = [name for name in there if name.startswith("trials/")]
@@ -636,6 +640,8 @@ def check_files(record: Record, tmp_path: Path) -> None:
             accumulator.Reload()
             if "val_loss" in accumulator.Tags()["scalars"]:
                 values |= {e.step: e.value for e in accumulator.Scalars("val_loss")}
+        if trial.number in ended:
+            continue
         last = trial.epochs[-1]
         # TensorBoard keeps 32 bits of it.
         assert values[last.epoch] == pytest.approx(last.metrics["val_loss"], rel=1e-6)

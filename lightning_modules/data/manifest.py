@@ -231,7 +231,8 @@ def _read_cells(file: Path) -> pd.DataFrame:
     """Return all cells of a CSV as text; its columns are named, each once."""
     rule = "a manifest is a CSV file in UTF-8, or a folder"
     if not file.is_file():
-        raise _broken(file, rule, "nothing of the kind there", "check the path")
+        remedy = "check the path, or give your images with `--data`"
+        raise _broken(file, rule, "nothing of the kind there", remedy)
     if (size := file.stat().st_size) > MAX_CSV_BYTES:
         limit = f"a manifest has at most {MAX_CSV_BYTES} bytes"
         raise _broken(file, limit, size, "split the data set")
