@@ -4,7 +4,7 @@
 
 2,880 trials are what one slot runs in 24 hours at half a minute each. Here they do not train, and
 are run by two workers in minutes; everything else is the product: Ray as a sweep starts it, tuner,
-searcher with its Gaussian process, recorder, and SQLite. Every process that the sweep starts bears
+searcher with the TPE sampler, recorder, and SQLite. Every process that the sweep starts bears
 a mark in its environment, by which it is found: memory, open files, threads, and the number of
 processes are read twice a second, and their slopes a trial are taken over the last three quarters.
 Afterwards processes, temporary files, and shared memory that are left are named; a second sweep is
@@ -43,7 +43,7 @@ def drive(folder: str, num_trials: int) -> None:
     from search.study.record import Record
     from search.tuning import tuner
 
-    sweep = make_sweep(folder, num_trials, "gp", max_concurrent_trials=2)
+    sweep = make_sweep(folder, num_trials, "tpe", max_concurrent_trials=2)
     record = Record.create(sweep, {})
     with tuner.connected(None), record.being_written(), contextlib.redirect_stdout(io.StringIO()):
         tuner.run_trials(
@@ -183,7 +183,10 @@ def main() -> None:
     parser.add_argument("--drive", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.drive:
-        drive(options.drive, options.trials)
+        try:
+            drive(options.drive, options.trials)
+        except KeyboardInterrupt:
+            os._exit(130)  # as the command does: Ray would look for what was ended
         return
     found: dict[str, Any] = {}
     for name, measure, count in (
