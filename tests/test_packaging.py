@@ -1,8 +1,10 @@
 """What is installed is what is in the tree, and the tree keeps to its own rules."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -263,3 +265,12 @@ def test_tracked_text_names_no_machines_paths_and_no_package_index() -> None:
 )
 def test_a_machines_path_is_recognised(line: str, is_one: bool) -> None:
     assert bool(MACHINE_PATH.search(line)) is is_one
+
+
+def test_the_telemetry_of_onnx_runtime_is_off(tmp_path: Path) -> None:
+    # With its telemetry on, it leaves a session id in the temporary folder.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    code = "import lightning_modules.onnx_session"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(tmp_path.iterdir())
