@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except AlikeFailuresError as error:
         if options.debug:
             raise
-        *traceback, remedy = error.__notes__
-        print(*traceback, f"neurosweep: {error}: {remedy}", sep="\n", file=sys.stderr)
+        print(error.traceback, file=sys.stderr)
+        print(f"neurosweep: {error}: {error.__notes__[-1]}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         if options.debug:

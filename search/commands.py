@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 from lightning_modules.errors import InputError
 from lightning_modules.strict_yaml import load_yaml
 from search.planning.duration import parse_duration
+from search.tuning.faults import AlikeFailuresError
 from search.watch import PORT, tensorboard_command, tunnel_command
 
 
@@ -196,8 +197,6 @@ def said_how_to_go_on(console: Console, command: str, *, if_there: Any) -> Itera
         command: Goes on.
         if_there: The sweep; nothing is said of one that was interrupted before it was launched.
     """
-    from search.tuning.faults import AlikeFailuresError
-
     try:
         yield
     except KeyboardInterrupt:

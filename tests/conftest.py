@@ -7,7 +7,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ import pytest
 
 from lightning_modules.data.manifest import COLUMNS, Manifest
 from lightning_modules.data.pack import Pack
+
+if TYPE_CHECKING:
+    from search.sweep import Sweep
 
 MakeData = Callable[..., tuple[Manifest, Pack]]
 
@@ -89,6 +92,24 @@ def make_data(tmp_path_factory: pytest.TempPathFactory) -> MakeData:
 def tiny_data(make_data: MakeData) -> tuple[Manifest, Pack]:
     """Three classes; 8 images to train on, 5 to validate, 3 locked."""
     return make_data()
+
+
+def small_sweep(folder: Path, name: str, **search: Any) -> "Sweep":
+    """A sweep of a learning rate whose trials are simulated: up to nine, of three epochs each."""
+    from lightning_modules.data.phantom import PhantomSettings
+    from search.space import Float
+    from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
+
+    return Sweep(
+        name=name,
+        storage=str(folder),
+        metric="val_loss",
+        data=DataSettings(phantom=PhantomSettings()),
+        space={"lr": Float(low=1e-5, high=1.0, log=True)},
+        training=TrainingSettings(max_epochs=3),
+        search=SearchSettings(num_trials=9, sampler="random", **search),
+        scheduler=None,
+    )
 
 
 TINY_SWEEP = """

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from conftest import small_sweep
 
 from lightning_modules.data.manifest import read_manifest
 from lightning_modules.data.pack import build_pack
@@ -18,9 +19,8 @@ from lightning_modules.data.phantom import PhantomSettings, write_phantoms
 from lightning_modules.errors import InputError
 from lightning_modules.feature_store import HEADER_BYTES, FeatureStore, Moment, current_moment
 from search.folder import lock
-from search.space import Float
 from search.study.record import Record
-from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
+from search.sweep import Sweep
 from search.tuning import silence
 from search.tuning.patience import PATIENCE_S, patiently
 from search.tuning.recorder import EndOfSweep, StudyRecorder
@@ -39,16 +39,7 @@ def _jumping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
-    sweep = Sweep(
-        name="jumping",
-        storage=str(tmp_path),
-        metric="val_loss",
-        data=DataSettings(phantom=PhantomSettings()),
-        space={"lr": Float(low=1e-5, high=1.0, log=True)},
-        training=TrainingSettings(max_epochs=3),
-        search=SearchSettings(num_trials=9, sampler="random", time_budget_s=3600.0),
-        scheduler=None,
-    )
+    sweep = small_sweep(tmp_path, "jumping", time_budget_s=3600.0)
     sweep.folder.mkdir()
     return sweep
 

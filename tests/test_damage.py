@@ -17,35 +17,21 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import small_sweep
 
-from lightning_modules.data.phantom import PhantomSettings
 from lightning_modules.errors import InputError
-from search.space import Float
 from search.study import storage as study_storage
 from search.study.integrity import CHECKSUM, with_checksum, without_checksum
 from search.study.record import Record
 from search.study.recorded import CheckpointFile, Epoch, Trial
 from search.study.sweep_files import LocalFiles
-from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
+from search.sweep import Sweep
 from search.tuning.checkpoint import AtomicCheckpointIO
 from search.tuning.checkpoint_files import newest_whole
 
 State = tuple[dict[str, Any], list[Trial], list[Any]]
 
 PAGE_BYTES = 4096
-
-
-def make_sweep(folder: Path) -> Sweep:
-    return Sweep(
-        name="damaged",
-        storage=str(folder),
-        metric="val_loss",
-        data=DataSettings(phantom=PhantomSettings()),
-        space={"lr": Float(low=1e-5, high=1.0, log=True)},
-        training=TrainingSettings(max_epochs=3),
-        search=SearchSettings(num_trials=9, sampler="random"),
-        scheduler=None,
-    )
 
 
 def epoch_of(epoch: int, loss: float, stopped: str = "") -> Epoch:
@@ -89,7 +75,7 @@ class History:
 
     def outcome(self, tmp_path: Path, name: str, data: bytes) -> str:
         """Read the sweep with other bytes in one of its files; return what came of it."""
-        sweep = make_sweep(tmp_path)
+        sweep = small_sweep(tmp_path, "damaged")
         shutil.copytree(self.folders[name], sweep.folder)
         (sweep.folder / name).write_bytes(data)
         said = ""
@@ -110,7 +96,7 @@ class History:
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     folder = tmp_path_factory.mktemp("history")
-    sweep = make_sweep(folder)
+    sweep = small_sweep(folder, "damaged")
     sweep.folder.mkdir()
     states: list[State] = []
     every_system = {line.split()[2] for line in Path("/proc/self/mounts").read_text().splitlines()}
@@ -232,7 +218,7 @@ def test_a_record_cut_or_flipped_in_each_page_is_good_or_refused(
 def test_rows_that_changed_by_themselves_are_seen(
     tmp_path: Path, history: History, statement: str
 ) -> None:
-    sweep = make_sweep(tmp_path)
+    sweep = small_sweep(tmp_path, "damaged")
     shutil.copytree(history.folders["study.db"], sweep.folder)
     with closing(sqlite3.connect(sweep.folder / "study.db")) as database:
         database.execute(statement)
@@ -246,7 +232,7 @@ def test_another_database_has_checksums_and_is_asked_nothing_that_only_sqlite_kn
 ) -> None:
     monkeypatch.setattr(study_storage, "check_file", lambda path: pytest.fail("SQLite was asked"))
     url = f"sqlite:///{tmp_path / 'server'}"  # in the place of a PostgreSQL
-    sweep = dataclasses.replace(make_sweep(tmp_path), study_url=url)
+    sweep = dataclasses.replace(small_sweep(tmp_path, "damaged"), study_url=url)
     record = Record.create(sweep, {"classes": ["glioma"]})
     record.add_epoch(record.draw().number, epoch_of(1, 3.0))
     assert len(read(sweep)[1]) == 1

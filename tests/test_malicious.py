@@ -13,7 +13,6 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from fuzz_records import sum_anew
 from PIL import Image
 
 from lightning_modules.bundle import load_bundle
@@ -34,7 +34,6 @@ from lightning_modules.strict_yaml import load_yaml
 from search.card.model_card import write_card
 from search.cli import main
 from search.config import dump_sweep, load_sweep
-from search.study.integrity import checksum
 from search.study.record import Record
 from search.study.recorded import CheckpointFile, Epoch
 from search.study.sweep_files import LocalFiles
@@ -287,17 +286,6 @@ def test_a_checkpoint_that_is_a_link_is_not_whole() -> None:
     digest = hashlib.sha256(b"secret").hexdigest()
     assert is_whole(LocalFiles("."), CheckpointFile(path="secret.ckpt", digest=digest, epoch=1))
     assert not is_whole(LocalFiles("."), CheckpointFile(path="link.ckpt", digest=digest, epoch=1))
-
-
-def sum_anew(database: sqlite3.Connection) -> None:
-    """Make checksums those of what the rows hold now, as a stranger can."""
-    for attributes, owner in (("trial_user", "trial_id"), ("study_user", "study_id")):
-        table, texts = f"{attributes}_attributes", defaultdict[int, dict[str, str]](dict)
-        query = f"SELECT {owner}, key, value_json FROM {table} WHERE key != 'checksum'"
-        for number, name, text in database.execute(query):
-            texts[number][name] = text
-        update = f"UPDATE {table} SET value_json = ? WHERE key = 'checksum' AND {owner} = ?"
-        database.executemany(update, [(checksum(texts[number]), number) for number in texts])
 
 
 def rewrite(*statements: str) -> None:

@@ -8,13 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import small_sweep
 
-from lightning_modules.data.phantom import PhantomSettings
-from search.space import Float
 from search.study import storage as study_storage
 from search.study.record import Record
 from search.study.sweep_files import LocalFiles
-from search.sweep import DataSettings, SearchSettings, Sweep, TrainingSettings
+from search.sweep import Sweep
 from search.tuning import patience
 from search.tuning.callbacks import ReportEpoch
 from search.tuning.checkpoint import AtomicCheckpointIO
@@ -89,16 +88,7 @@ def test_storage_that_takes_no_more_is_not_waited_for(
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
-    sweep = Sweep(
-        name="vanishing",
-        storage=str(tmp_path),
-        metric="val_loss",
-        data=DataSettings(phantom=PhantomSettings()),
-        space={"lr": Float(low=1e-5, high=1.0, log=True)},
-        training=TrainingSettings(max_epochs=3),
-        search=SearchSettings(num_trials=9, sampler="random"),
-        scheduler=None,
-    )
+    sweep = small_sweep(tmp_path, "vanishing")
     sweep.folder.mkdir()
     return sweep
 

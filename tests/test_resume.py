@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from marked_processes import marked_processes
 
 from search.results import open_sweep, rank
 from search.study.record import Record
@@ -161,19 +162,8 @@ def test_resuming_a_finished_sweep_returns_at_once(
 
 def processes() -> list[str]:
     """Command lines of processes that this test's sweeps have left."""
-    found = []
     # Ray's agents look for their raylet now and then, and end when it was gone a few times.
     deadline_s = time.monotonic() + 60
-    while time.monotonic() < deadline_s:
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if MARK.encode() in (folder / "environ").read_bytes():
-                    line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    found.append(line[:100])
-            except OSError:
-                continue
-        if not found:
-            return []
+    while (found := marked_processes(MARK)) and time.monotonic() < deadline_s:
         time.sleep(0.5)
     return found

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from marked_processes import marked_processes
 
 from search.interruption import Interrupted, Interruption
 from search.results import open_sweep
@@ -58,17 +59,6 @@ class Driver:
     def communicate(self) -> str:
         return self.process.communicate(timeout=2 * GRACE_S)[0]
 
-    def processes(self) -> list[str]:
-        """Command lines of everything that it has started and that still runs."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue
-        return found
-
 
 def read_trials(storage: Path) -> list[Trial]:
     return Record.open(open_sweep("signalled", storage)).trials()
@@ -106,7 +96,7 @@ def test_a_signal_ends_a_sweep_within_the_grace_time_and_resume_goes_on(
     assert time.monotonic() - start_s < GRACE_S
     assert hint in output
     assert "Traceback" not in output
-    assert not driver.processes()
+    assert not marked_processes(driver.mark)
     before = read_trials(storage)
     assert {trial.state for trial in before} == {"running"}
     assert sum(len(trial.epochs) for trial in before) > 2
@@ -120,7 +110,7 @@ def test_a_signal_ends_a_sweep_within_the_grace_time_and_resume_goes_on(
     output = driver.communicate()
     assert driver.process.returncode == 130, output
     assert hint in output
-    assert not driver.processes()
+    assert not marked_processes(driver.mark)
 
     after = read_trials(storage)
     for was, now in zip(before, after, strict=True):

@@ -161,7 +161,7 @@ def _records(folder: Path) -> list[bytes]:
     return [(sweep.folder / "study.db").read_bytes()]
 
 
-def _sum_anew(database: sqlite3.Connection) -> None:
+def sum_anew(database: sqlite3.Connection) -> None:
     """Make checksums those of what the rows hold now, as a stranger can."""
     for attributes, owner in (("trial_user", "trial_id"), ("study_user", "study_id")):
         table, texts = f"{attributes}_attributes", defaultdict[int, dict[str, str]](dict)
@@ -197,7 +197,7 @@ def _change_rows(data: bytes, other: bytes, rng: random.Random) -> bytes:
                 database.execute(f"DELETE FROM {table} WHERE rowid = ?", (rng.choice(rows)[0],))
             # What reads the rows is to be reached as well.
             if rng.randrange(4):
-                _sum_anew(database)
+                sum_anew(database)
             database.commit()
         return database.serialize()
 
