@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     1 is for work that was done and failed, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser().print_help(sys.stderr)
+        sys.exit(2)
     options = parser().parse_args(arguments)
     # Pillow would warn of an image beside the one line that refuses it.
     warnings.filterwarnings("ignore", module=r"PIL\.")

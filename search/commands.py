@@ -209,8 +209,9 @@ def said_how_to_go_on(console: Console, command: str, *, if_there: Any) -> Itera
 
 
 def _bar(console: Console) -> Bar:
-    """Return a progress bar; in a notebook it would need ipywidgets."""
-    return Bar(console=console, transient=True, disable=console.is_jupyter)
+    """Return a progress bar; a notebook would need ipywidgets, a file would get a blank line."""
+    is_shown = console.is_terminal and not console.is_jupyter
+    return Bar(console=console, transient=True, disable=not is_shown)
 
 
 def _told_by(bar: Bar) -> Callable[[str, int, int], None]:
@@ -499,8 +500,6 @@ def explain(options: argparse.Namespace) -> None:
     for path in (own, own / RESULT_FILE):
         if path.is_symlink():
             raise InputError(f"a bundle's files are its own; {path} is a link: remove it")
-    if out == own and (own / RESULT_FILE).is_file():
-        shutil.rmtree(own)  # made by this command, and made anew
     with _bar(console) as bar:
         explanation = explain_images(
             options.bundle,

@@ -20,7 +20,7 @@ from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
-from search.comparison import interval, paired_difference, probability_best
+from search.comparison import Interval, interval, paired_difference, probability_best
 from search.config import dump_sweep
 from search.folder import lock
 from search.pareto import front
@@ -177,7 +177,7 @@ def compare(candidates: list[Trial], values: Any, sweep: Sweep) -> dict[str, Any
             {
                 "number": candidates[row].number,
                 "values": [float(value) for value in values[row]],
-                **_plain("", interval(values[row])),
+                **_plain("", _possible(interval(values[row]), sweep.metric)),
                 "probability_best": float(probabilities[row]),
                 "rival": candidates[rival_of[row]].number,
                 **_plain("over_rival_", paired_difference(values[row], values[rival_of[row]])),
@@ -194,6 +194,14 @@ def compare(candidates: list[Trial], values: Any, sweep: Sweep) -> dict[str, Any
         "num_seeds": int(values.shape[1]),
         "candidates": rows,
     }
+
+
+def _possible(found: Interval, metric: str) -> Interval:
+    """Return an interval without what a metric cannot be; Student's t knows of no bounds."""
+    highest = math.inf if metric == "val_loss" else 1.0
+    if not math.isfinite(found.low):
+        return found
+    return dataclasses.replace(found, low=max(found.low, 0.0), high=min(found.high, highest))
 
 
 def _plain(prefix: str, found: Any) -> dict[str, float | None]:

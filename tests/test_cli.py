@@ -119,6 +119,15 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in out for command in COMMANDS)
 
 
+def test_without_a_command_all_of_them_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert all(f"\n    {command} " in said.err for command in COMMANDS)
+
+
 @pytest.mark.parametrize("value", ["many", "0", "-1"])
 def test_an_option_that_makes_no_sense_is_refused_with_the_usage(
     value: str, capsys: pytest.CaptureFixture[str]
@@ -294,8 +303,11 @@ def test_images_that_cannot_be_read_are_listed_at_once(capsys: pytest.CaptureFix
     Path("images/stroke/8.png").write_bytes(b"")
     Path("images/no_stroke/9.jpg").write_bytes(b"junk")
     line = refused(capsys, "launch", sweep_file())
-    assert "got 2 of 18 that are not: '9.jpg' in row 9 (is not a PNG, JPEG or TIFF file)" in line
-    assert "'8.png' in row 18 (is not" in line
+    assert (
+        "got 2 of 18 that are not: '9.jpg' in class 'no_stroke' (is not a PNG, JPEG or TIFF file)"
+        in line
+    )
+    assert "'8.png' in class 'stroke' (is not" in line
     assert line.endswith("or leave them out with --skip-bad-images")
 
 
@@ -324,7 +336,7 @@ def test_an_image_bomb_is_refused_without_a_warning_beside(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
     )
     line = refused(capsys, "launch", sweep_file())
-    assert "got 1 of 17 that are not: 'bomb.png' in row 17 (" in line
+    assert "got 1 of 17 that are not: 'bomb.png' in class 'stroke' (" in line
     assert [str(warning.message) for warning in recwarn] == []
 
 

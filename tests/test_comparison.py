@@ -105,6 +105,18 @@ def test_a_winner_that_seeds_do_not_tell_from_the_next_is_none() -> None:
     assert "by 1 fresh seed (" in verdict(single)
 
 
+def test_an_interval_ends_where_the_metric_does() -> None:
+    values = np.array([[0.90, 0.99, 0.95], [0.10, 0.01, 0.05]])
+    best, worst = compare(candidates(5, 0), values, SWEEP)["candidates"]
+    # Student's reach of three seeds is 4.302653 standard errors: 0.112, beyond 1 and below 0.
+    assert (best["low"], best["high"]) == (pytest.approx(0.9467 - 0.1120, abs=1e-3), 1.0)
+    assert (worst["low"], worst["high"]) == (0.0, pytest.approx(0.0533 + 0.1120, abs=1e-3))
+    loss = Sweep(name="s", metric="val_loss", data=DataSettings(path="images"))
+    (row, _) = compare(candidates(5, 0), values, loss)["candidates"]
+    assert row["low"] == 0.0
+    assert compare(candidates(5, 0), values + 1, loss)["candidates"][1]["high"] > 2
+
+
 def test_of_a_loss_the_lowest_wins() -> None:
     sweep = Sweep(name="s", metric="val_loss", data=DataSettings(path="images"))
     values = np.array([[0.5, 0.6], [0.3, 0.4]])

@@ -181,3 +181,6 @@ def test_an_ensemble_is_scored_once_beside_the_best_trial_alone(
     assert all(member["weights"]["origin"] == "random" for member in config["members"])
     assert "--top 4" in (out / "README.md").read_text()
     assert "above the baseline" in capsys.readouterr().out
+    # Whoever exports another bundle and evaluates it has looked before.
+    (look,) = json.loads((tmp_path / "tiny" / "evaluations.json").read_text())
+    assert look == logs[0][0]

@@ -29,9 +29,10 @@ from lightning_modules.corruptions import STRENGTHS, corrupt
 from lightning_modules.data.manifest import read_manifest
 from lightning_modules.errors import InputError
 from search.evaluation.evaluate import evaluate_bundle
-from search.evaluation.log import log_evaluation, read_log
+from search.evaluation.log import Run, log_evaluation, read_log
 from search.evaluation.scores import Bootstrap, Predictions, describe
 from search.evaluation.tables import print_evaluation
+from search.study.sweep_files import LocalFiles
 
 CLASSES = ("benign_tumor", "malignant_tumor", "no_stroke", "no_tumor", "stroke")
 GREY = (20, 70, 120, 170, 220)
@@ -363,7 +364,7 @@ def test_a_second_evaluation_says_that_it_is_one(once: Evaluated, tmp_path: Path
     second = evaluate(bundle, once.data)
     assert first["run"] == {"on_these_images": 1, "of_this_bundle": 1, "earlier": []}
     assert second["run"] == {"on_these_images": 2, "of_this_bundle": 2, "earlier": [first["date"]]}
-    assert "evaluation 2 of this bundle on these test images" in printed(second)
+    assert "evaluation 2 on these test images, by this bundle or another" in printed(second)
     assert "note: evaluation" not in printed(first)
     log = json.loads((bundle / "evaluations.json").read_text())
     assert [entry["run"] for entry in log] == [1, 2]
@@ -430,10 +431,39 @@ def test_two_evaluations_at_once_are_both_logged(tmp_path: Path) -> None:
     assert len(read_log(tmp_path)) == 24
 
 
+def test_another_bundle_of_the_sweep_gets_no_first_look(tmp_path: Path) -> None:
+    sweep, first, baseline, second = (tmp_path / name for name in ("s", "a", "b", "c"))
+    for folder in (sweep, first, baseline, second):
+        folder.mkdir()
+    files = LocalFiles(str(sweep))
+    monday, tuesday = (
+        {"date": date, "as": "evaluated", "manifest_digest": "a", "images_digest": "b"}
+        for date in ("2026-11-23", "2026-11-24")
+    )
+    assert log_evaluation(first, monday, files) == Run(1, 1, ())
+    # One look, of two bundles beside each other.
+    assert log_evaluation(baseline, {**monday, "as": "baseline"}, files) == Run(1, 1, ())
+    assert log_evaluation(second, tuesday, files) == Run(2, 1, ("2026-11-23",))
+    wednesday = {**monday, "date": "2026-11-25"}
+    assert log_evaluation(baseline, wednesday, files) == Run(3, 2, ("2026-11-23", "2026-11-24"))
+    # A sweep that was not at hand when its images were looked at learns of it.
+    third = tmp_path / "d"
+    third.mkdir()
+    log_evaluation(third, {**monday, "date": "2026-11-26"})
+    thursday = {**monday, "date": "2026-11-27"}
+    assert log_evaluation(third, thursday, files).on_these_images == 5
+    assert [entry["run"] for entry in read_log(sweep)] == [1, 2, 3, 5]
+    # Other images are looked at for the first time.
+    others = {**monday, "date": "2026-11-28", "manifest_digest": "c", "images_digest": "d"}
+    assert log_evaluation(second, others, files) == Run(1, 2, ())
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "[" * 100_000])
 def test_a_log_that_was_tampered_with_is_refused(bundle: Path, data: Path, text: str) -> None:
     (bundle / "evaluations.json").write_text(text)
-    with pytest.raises(InputError, match=r"evaluations\.json must list the bundle's evaluations"):
+    with pytest.raises(
+        InputError, match=r"evaluations\.json must list the evaluations of a bundle"
+    ):
         evaluate(bundle, data)
     assert not (bundle / "evaluation").exists()
 
@@ -441,7 +471,7 @@ def test_a_log_that_was_tampered_with_is_refused(bundle: Path, data: Path, text:
 def test_a_log_that_leads_elsewhere_is_refused(bundle: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.json").write_text("[]")
     (bundle / "evaluations.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(InputError, match="must list the bundle's evaluations"):
+    with pytest.raises(InputError, match="must list the evaluations of a bundle"):
         evaluate(bundle, data)
     assert (tmp_path / "elsewhere.json").read_text() == "[]"
 

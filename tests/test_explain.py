@@ -39,6 +39,7 @@ from lightning_modules.state_dicts import to_torchvision
 from search.explanation.checks import point_at_phantoms, run_tests
 from search.explanation.explain import explain_images, print_explanation
 from search.explanation.gallery import choose_cases, draw_overlay
+from search.explanation.verdict import judge
 
 SIZE_PX = 32
 CLASSES = ("benign_tumor", "malignant_tumor", "no_stroke", "no_tumor", "stroke")
@@ -702,6 +703,52 @@ def test_a_folder_with_something_in_it_is_left_alone(bundle: Path, tmp_path: Pat
         explain_images(bundle, [png(tmp_path / "1.png", 0)], bundle)
 
 
+def test_an_explanation_of_ones_own_is_replaced_by_the_next_and_by_no_mistake(
+    bundle: Path, tmp_path: Path
+) -> None:
+    own, image = bundle / "explanation", png(tmp_path / "1.png", 0)
+    explain_images(bundle, [image], own, num_tests=0)
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    with pytest.raises(InputError, match="must exist; there is no"):
+        explain_images(bundle, [tmp_path / "2.png"], own)
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+    explain_images(bundle, [png(tmp_path / "3.png", 1)], own, num_tests=0)
+    names = {path.name for path in own.iterdir()}
+    assert "0000-3-grad_cam.png" in names
+    assert "0000-1-grad_cam.png" not in names
+
+
+def verdict_of(
+    share_better: float, spearman: float | None, low: float, num_images: int = 16
+) -> str:
+    against = {"share_better_than_random": share_better}
+    tests = {
+        "num_images": num_images,
+        "grad_cam": {
+            "deletion": against,
+            "insertion": {"share_better_than_random": 1.0},
+            "weights_forgotten_down_to": {"stage 1": {"spearman": spearman}},
+        },
+    }
+    game = {"grad_cam": {"share": {"low": low}, "random_point": 0.02}}
+    return judge({"tests": tests, "pointing_game": game}, "grad_cam")
+
+
+def test_maps_that_fail_a_test_are_not_to_be_gone_by() -> None:
+    # By chance 12 of 16 or more are better with a probability of 0.038, 11 with 0.105.
+    passed = "deletion, insertion, forgotten weights, pointing game"
+    assert verdict_of(12 / 16, 0.1, 0.3) == f"passes {passed}"
+    assert verdict_of(11 / 16, 0.1, 0.3) == "fails deletion: do not go by its maps"
+    assert verdict_of(1.0, -0.7, 0.01) == (
+        "fails forgotten weights, pointing game: do not go by its maps"
+    )
+    # A flat map of forgotten weights is not the old one.
+    assert verdict_of(1.0, None, 0.3) == f"passes {passed}"
+    # All of four are better by chance once in sixteen times.
+    assert verdict_of(1.0, 0.1, 0.3, num_images=4) == "passes pointing game"
+    assert judge({}, "grad_cam") == "not judged: five images or more are needed"
+
+
 def test_the_tests_of_maps_say_what_they_compared() -> None:
     told: list[tuple[str, int, int]] = []
     network = by_hand()
@@ -784,5 +831,6 @@ def test_a_manifest_is_explained_tested_and_pointed_at(bundle: Path, tmp_path: P
     share = result["pointing_game"]["grad_cam"]["share"]["value"]
     assert re.search(rf"pointing game, 6 phantoms +{share:.3f} \[", printed)
     assert f"{result['tests']['grad_cam']['deletion']['area']:.3f} (random" in printed
+    assert "grad_cam: " + result["verdicts"]["grad_cam"] in printed
     again = explain_images(bundle, [manifest], tmp_path / "again", num_tests=3, num_phantoms=6)
     assert again == result

@@ -357,8 +357,27 @@ def test_a_pattern_that_finds_no_group_is_refused(
     refused(tmp_path, fragment, group_pattern=pattern)
 
 
+@pytest.mark.parametrize("name", ["scan.dcm", "scan.NII.GZ", "scan.webp"])
+def test_images_that_a_sweep_does_not_read_are_not_left_out_in_silence(
+    tmp_path: Path, name: str
+) -> None:
+    for path in ("a/0.png", "b/1.png", f"b/{name}", "b/.hidden.dcm"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    refused(tmp_path, f"got 1 that are not, such as '{name}'; export them as PNG, or move them")
+
+
+def test_an_image_is_called_by_its_row_or_by_its_class_folder(tmp_path: Path) -> None:
+    for path in ("a/Jane Doe/0.png", "b/1.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert read_manifest(tmp_path).name(0) == "'0.png' in class 'a'"
+    listed = write_csv(tmp_path, HEAD + "a/Jane Doe/0.png,a,g,s,\nb/1.png,b,h,s,\n", files=False)
+    assert read_manifest(listed).name(0) == "'0.png' in row 1"
+
+
 def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
-    touch(tmp_path, "a/1.png", "b/1.dcm", "c/2.png")
+    touch(tmp_path, "a/1.png", "b/1.txt", "c/2.png")
     refused(tmp_path, "got none in 'b'; add images or remove the folder")
 
 

@@ -286,9 +286,9 @@ def test_all_bad_images_are_listed_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         packed(data_set(tmp_path / "data", BROKEN), tmp_path / "cache")
     message = str(caught.value)
-    assert "got 3 of 7 that are not: '5.png' in row 3 (is not a PNG" in message
-    assert "'6.png' in row 6 (cannot be decoded" in message
-    assert "'7.jpg' in row 7 (is not" in message
+    assert "got 3 of 7 that are not: '5.png' in class 'a' (is not a PNG" in message
+    assert "'6.png' in class 'b' (cannot be decoded" in message
+    assert "'7.jpg' in class 'b' (is not" in message
     assert message.endswith("or leave them out with --skip-bad-images")
     assert len(message.splitlines()) == 1
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".lock"}
@@ -297,7 +297,7 @@ def test_all_bad_images_are_listed_in_one_line(tmp_path: Path) -> None:
 def test_many_bad_images_are_all_listed(tmp_path: Path) -> None:
     files = {**FOUR, **{f"a/bad{i:02d}.png": b"" for i in range(12)}}
     with pytest.raises(
-        InputError, match=r"got 12 of 16 .*'bad09.png' in .*'bad11.png' in row 14 \([^)]*\);"
+        InputError, match=r"got 12 of 16 .*'bad09.png' in .*'bad11.png' in class 'a' \([^)]*\);"
     ):
         packed(data_set(tmp_path / "data", files), tmp_path / "cache")
 
@@ -318,7 +318,7 @@ def test_skipped_images_leave_pack_and_manifest_alike(
     assert again == pack
     assert kept_again.digest == kept.digest
     with pytest.raises(
-        InputError, match=r"got 4 of 8 that are not: '0.png' in row 1 \(is not a PNG"
+        InputError, match=r"got 4 of 8 that are not: '0.png' in class 'a' \(is not a PNG"
     ):
         packed(manifest, tmp_path / "cache")
 
@@ -342,7 +342,7 @@ def test_a_file_over_the_limit_is_refused_unread(
         file.truncate(256 * 2**20 + 1)  # sparse: takes no room
     tracemalloc.start()
     with pytest.raises(
-        InputError, match=r"'1.png' in row 1 \(has 268435457 bytes, more than 268435456"
+        InputError, match=r"'1.png' in class 'a' \(has 268435457 bytes, more than 268435456"
     ):
         packed(manifest, tmp_path / "cache")
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
@@ -362,7 +362,7 @@ def test_an_unreadable_file_is_skipped_for_this_time_only(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refuse)
-        with pytest.raises(InputError, match=r"'2.png' in row 2 \(Permission denied\)"):
+        with pytest.raises(InputError, match=r"'2.png' in class 'a' \(Permission denied\)"):
             packed(manifest, tmp_path / "cache")
         assert tuple(packed(manifest, tmp_path / "cache", skip=True)[0].skipped) == ("a/2.png",)
     assert tuple(packed(manifest, tmp_path / "cache", skip=True)[0].skipped) == ()

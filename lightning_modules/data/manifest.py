@@ -29,6 +29,12 @@ COLUMNS = ("path", "label", "group_id", "source", "split")
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
+# Images that a sweep does not read: beside others they would be left out, and nobody would know.
+OTHER_EXTENSIONS = (".dcm", ".nii", ".nii.gz", ".mha", ".nrrd", ".bmp", ".gif", ".webp")
+
+# The source of images that no manifest lists.
+FOLDER_SOURCE = "folder"
+
 MAX_ROWS = 10_000_000
 MAX_CSV_BYTES = 2**30
 MAX_LABEL_CHARACTERS = 100
@@ -68,6 +74,17 @@ class Manifest:
             # JSON, so that no cell can imitate the boundary between two cells.
             hashed.update(json.dumps([column, self.frame[column].tolist()]).encode())
         return hashed.hexdigest()
+
+    def name(self, row: int) -> str:
+        """Return what an image is called to its owner: its folders may be named after a patient.
+
+        Args:
+            row: Counted from 0; shown counted from 1, or, of class folders, as the class.
+        """
+        cells = self.frame.iloc[row]
+        is_listed = cells["source"] != FOLDER_SOURCE
+        where = f"row {row + 1}" if is_listed else f"class {cells['label']!r}"
+        return f"{posixpath.basename(cells['path'])!r:.200} in {where}"
 
     def labels(self) -> Rows:
         """Return the class index of every row."""
@@ -189,6 +206,7 @@ def _class_folders(root: Path) -> pd.DataFrame:
         raise _broken(root, "every class folder is readable", got, "change its permissions")
 
     paths: list[str] = []
+    others: list[str] = []
     n_images: dict[str, int] = {}
     for name, folders, files in os.walk(root, onerror=unreadable):
         folder = Path(name)
@@ -200,6 +218,7 @@ def _class_folders(root: Path) -> pd.DataFrame:
             got = f"{len(links)} link(s) in class {links[0].parts[0]!r}"
             raise _broken(root, rule, got, remedy)
         images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+        others += [f for f in files if f.lower().endswith(OTHER_EXTENSIONS)]
         if inside.parts:
             n_images[inside.parts[0]] += len(images)
             paths += [(inside / f).as_posix() for f in images]
@@ -209,13 +228,17 @@ def _class_folders(root: Path) -> pd.DataFrame:
             rule = "images lie in one folder a class, or a manifest.csv lists them"
             got = f"{len(images)} image(s) beside {len(folders)} class folder(s)"
             raise _broken(root, rule, got, "move them, or write a manifest.csv")
+    if others := [name for name in others if not name.startswith(".")]:
+        rule = f"images in class folders are {', '.join(EXTENSIONS)}"
+        got = f"{len(others)} that are not, such as {others[0]!r:.200}"
+        raise _broken(root, rule, got, "export them as PNG, or move them elsewhere")
     if empty := [repr(label) for label, count in n_images.items() if not count]:
         rule = f"every class folder holds images ({', '.join(EXTENSIONS)})"
         raise _broken(root, rule, f"none in {some_of(empty)}", "add images or remove the folder")
     paths.sort()
     _check_characters(root, paths)  # before pandas, which fails on what is not UTF-8
     labels = [path.split("/", 1)[0] for path in paths]
-    return pd.DataFrame({"path": paths, "label": labels, "source": "folder"}, dtype="str")
+    return pd.DataFrame({"path": paths, "label": labels, "source": FOLDER_SOURCE}, dtype="str")
 
 
 def _read_csv(file: Path) -> pd.DataFrame:

@@ -133,8 +133,7 @@ def build_pack(
             with _locked(cache_dir / f"{key}.lock"):
                 if (found := look_up()) is None:
                     digest, bad, lasting = _build(
-                        root,
-                        paths,
+                        manifest,
                         image_size_px,
                         cache_dir,
                         skip_bad_images,
@@ -152,7 +151,7 @@ def build_pack(
         ) from error
     digest, bad = found
     if bad and not skip_bad_images:
-        raise _bad_images(bad, paths)
+        raise _bad_images(bad, manifest)
     kept = manifest.frame[~manifest.frame["path"].isin(list(bad))].reset_index(drop=True)
     if lost := sorted(set(manifest.classes) - set(kept["label"])):
         raise InputError(
@@ -254,15 +253,15 @@ def _look_up(
 
 
 def _build(
-    root: Path,
-    paths: list[str],
+    manifest: Manifest,
     image_size_px: int,
     cache_dir: Path,
     skip_bad_images: bool,
     progress: Callable[[int, int], None],
 ) -> tuple[str, dict[str, str], bool]:
     """Return digest, bad images' reasons, and whether these last; raise the cache's OSErrors."""
-    files = [root / path for path in paths]
+    paths = manifest.frame["path"].tolist()
+    files = [manifest.root / path for path in paths]
     # The same images may have been packed before, under another root or with other times. Hashing
     # is far cheaper than decoding, but reads everything once more, so only where such a pack is.
     if any(cache_dir.glob(f"pack-{len(files)}x{image_size_px}px-*.npy")):
@@ -294,7 +293,7 @@ def _build(
                     file.write(row.pixels.data)
                 progress(done, len(files))
             if bad and not (skip_bad_images and hashes):
-                raise _bad_images(bad, paths)
+                raise _bad_images(bad, manifest)
             file.seek(0)
             _write_header(file, len(hashes), image_size_px)
             file.flush()
@@ -349,14 +348,10 @@ def _now_and_then(progress: Callable[[int, int], None] | None) -> Callable[[int,
     return call
 
 
-def _bad_images(bad: Mapping[str, str], paths: Sequence[str]) -> InputError:
+def _bad_images(bad: Mapping[str, str], manifest: Manifest) -> InputError:
     # All of them: who repairs a collection wants the whole list, up to what a terminal can hold.
-    # By name and row, since a folder may be named after a patient.
-    lines = [
-        f"{Path(path).name!r:.200} in row {row} ({bad[path]})"
-        for row, path in enumerate(paths, start=1)
-        if path in bad
-    ]
+    paths = manifest.frame["path"].tolist()
+    lines = [f"{manifest.name(row)} ({bad[path]})" for row, path in enumerate(paths) if path in bad]
     return InputError(
         f"every image is a readable PNG, JPEG or TIFF file; got {len(bad)} of {len(paths)} that "
         f"are not: {some_of(lines, limit=1000)}; repair or remove them, or leave them out with "

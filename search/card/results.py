@@ -47,6 +47,8 @@ def describe_explanation(folder: Path, explanation: Facts) -> str:
         "## Explanations",
         "A map shows what changes the network's answer, not that the answer has a medical reason.",
     ]
+    verdicts = mapping(explanation, "verdicts")
+    parts += [f"- {escape(name)}: {say(verdicts, name)}" for name in list(verdicts)[:MAX_ROWS]]
     for name, title in _TESTS.items():
         if name in explanation:
             parts += [f"{title}:", _figures(explanation[name])]

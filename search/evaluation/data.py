@@ -11,6 +11,7 @@ import pandas as pd
 from lightning_modules.data.manifest import Manifest, read_manifest, some_of
 from lightning_modules.data.pack import build_pack, default_cache_dir
 from lightning_modules.errors import InputError
+from search.sweep import Sweep
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,13 +45,22 @@ def read_manifest_or_sweep(path: Path | str) -> Manifest:
     Args:
         path: As for `read_manifest`, or a sweep's folder, or, as text, its address.
     """
-    if isinstance(path, Path) and not (path / "sweep.yaml").is_file():
-        return read_manifest(path)
+    sweep = sweep_at(path)
+    if sweep is None:
+        return read_manifest(Path(path))
     # Imported here: a bundle is evaluated without Optuna otherwise.
     from search.data import prepare_data
+
+    return prepare_data(sweep)[0]
+
+
+def sweep_at(path: Path | str) -> Sweep | None:
+    """Return the sweep that a path or an address is of; none if it is a manifest or a folder."""
+    if isinstance(path, Path) and not (path / "sweep.yaml").is_file():
+        return None
     from search.results import open_sweep
 
-    return prepare_data(open_sweep(str(path), "sweeps"))[0]
+    return open_sweep(str(path), "sweeps")
 
 
 def read_own(path: Path | str, classes: tuple[str, ...]) -> Manifest:

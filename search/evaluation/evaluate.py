@@ -25,6 +25,7 @@ from search.evaluation.data import (
     decode,
     read_external,
     read_own,
+    sweep_at,
     take_test_rows,
 )
 from search.evaluation.figures import draw_evaluation
@@ -38,6 +39,7 @@ from search.evaluation.model import (
     score_corrupted,
 )
 from search.evaluation.scores import Bootstrap, Predictions, compare, describe
+from search.study.sweep_files import LocalFiles, SweepFiles
 
 FORMAT = 1
 
@@ -54,11 +56,12 @@ def evaluate_bundle(
     skip_bad_images: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score a bundle on test rows, log it in the bundle, and write figures and plots.
+    """Score a bundle on test rows, log it in bundle and sweep, and write figures and plots.
 
     Args:
         bundle: Its folder, which has to be writable: ``evaluations.json`` there grows by an entry.
-        data: The manifest that the bundle was trained with, splits included.
+        data: The manifest that the bundle was trained with, splits included; or the sweep's folder
+            or address, where all looks at its test images are logged, whichever bundle's they are.
         external: A data set from elsewhere, evaluated whole, with nothing refitted.
         baseline: A second bundle for the same classes, compared on the same test rows; the
             evaluation is logged there too.
@@ -81,7 +84,10 @@ def evaluate_bundle(
         out = bundle / "evaluation"
         if out.is_symlink():
             raise InputError(f"a bundle's files are its own; {out} is a link: give another --out")
-    for folder in (out, bundle, *([] if baseline is None else [baseline])):
+    sweep = sweep_at(data)
+    files = None if sweep is None else sweep.files
+    local = [files.folder] if isinstance(files, LocalFiles) else []
+    for folder in (out, bundle, *([] if baseline is None else [baseline]), *local):
         _check_writable(folder)
 
     classes = model.bundle.classes
@@ -138,9 +144,9 @@ def evaluate_bundle(
             **describe(theirs, bootstrap),
             "difference": compare(predictions, theirs, bootstrap),
         }
-        _log(other, "baseline", evaluation["date"], same, evaluation["baseline"])
     run = _log(
         model,
+        files,
         "evaluated",
         evaluation["date"],
         images,
@@ -148,6 +154,8 @@ def evaluate_bundle(
         evaluation["external"],
         None if baseline is None else evaluation["baseline"]["difference"],
     )
+    if other is not None and same is not None:
+        _log(other, files, "baseline", evaluation["date"], same, evaluation["baseline"])
     evaluation["run"] = {
         "on_these_images": run.on_these_images,
         "of_this_bundle": run.of_this_bundle,
@@ -161,8 +169,8 @@ def _check_writable(folder: Path) -> None:
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(
-            "an evaluation is written down, in the bundle and in the folder of --out; "
-            f"{above} cannot be written to: copy the bundle, or give another --out"
+            "an evaluation is written down: in the bundle, the sweep, and the folder of --out; "
+            f"{above} cannot be written to: copy what is there, or give another --out"
         )
 
 
@@ -204,6 +212,7 @@ def _digests(images: ImageSet) -> dict[str, Any]:
 
 def _log(
     model: Model,
+    sweep: SweepFiles | None,
     role: str,
     date: str,
     images: ImageSet,
@@ -211,7 +220,7 @@ def _log(
     external: Mapping[str, Any] | None = None,
     difference: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Append to a bundle's log what its test images said of it."""
+    """Append to a bundle's log, and its sweep's, what its test images said of it."""
     entry = {
         "date": date,
         "as": role,
@@ -226,7 +235,7 @@ def _log(
         }
     if difference is not None:
         entry["figures"]["above_baseline"] = difference
-    return log_evaluation(model.folder, entry)
+    return log_evaluation(model.folder, entry, sweep)
 
 
 def _headline(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""How often a bundle was scored on test images: once is a result, more often is tuning."""
+"""How often test images were looked at: once is a result, more often is tuning.
+
+A bundle has a log of its own, which travels with it; a sweep has one of all that was made of it.
+"""
 
 import contextlib
 import fcntl
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.errors import InputError
-from lightning_modules.files import write_atomically
+from search.study.sweep_files import LocalFiles, SweepFiles
 
 LOG_FILE = "evaluations.json"
 
@@ -19,12 +22,13 @@ _MAX_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Run:
-    """Which evaluation of a bundle this is.
+    """Which evaluation this is.
 
     Attributes:
-        on_these_images: 1 for the first on this manifest or on these images, 2 for the second.
-        of_this_bundle: The same, on whatever images.
-        earlier: When it was evaluated on these images before; ISO 8601, UTC.
+        on_these_images: 1 for the first on this manifest or on these images, of this bundle or any
+            other of its sweep; 2 for the second.
+        of_this_bundle: The same of this bundle alone, on whatever images.
+        earlier: When these images were looked at before; ISO 8601, UTC.
     """
 
     on_these_images: int
@@ -32,39 +36,44 @@ class Run:
     earlier: tuple[str, ...]
 
 
-def log_evaluation(folder: Path, entry: dict[str, Any]) -> Run:
-    """Append an evaluation to a bundle's log.
+def log_evaluation(folder: Path, entry: dict[str, Any], sweep: SweepFiles | None = None) -> Run:
+    """Append an evaluation to a bundle's log, and to its sweep's.
 
     Args:
         folder: The bundle.
         entry: ``date``, ``manifest_digest``, ``images_digest``, ``model_digest``, and whatever
             else is to be kept. An earlier one is of the same images if either of the first two
             digests is equal.
+        sweep: The files of the sweep whose test images they are, if it is at hand. Two evaluations
+            at once are both logged there if it is a folder; an object storage has no locks.
 
     Returns:
         Which evaluation it is.
 
     Raises:
-        InputError: If the log cannot be read or written.
+        InputError: If a log cannot be read or written.
     """
-    with _locked(folder):
-        entries = read_log(folder)
-        same = [
-            earlier
-            for earlier in entries
+    bundle = LocalFiles(str(folder))
+    with contextlib.ExitStack() as held:
+        for files in (bundle, sweep):
+            if isinstance(files, LocalFiles):
+                held.enter_context(_locked(files.folder))
+        own, of_sweep = _read(bundle), [] if sweep is None else _read(sweep)
+        # One look may stand in both, and a baseline's is one with its rival's.
+        known = {earlier.get("date") for earlier in of_sweep}
+        looks = [earlier for earlier in own if earlier.get("date") not in known]
+        is_baseline = entry.get("as") == "baseline"
+        looks += [e for e in of_sweep if not (is_baseline and e.get("date") == entry["date"])]
+        dates = sorted(
+            str(earlier.get("date"))
+            for earlier in looks
             if any(earlier.get(key) == entry[key] for key in ("manifest_digest", "images_digest"))
-        ]
-        run = Run(len(same) + 1, len(entries) + 1, tuple(str(e.get("date")) for e in same))
-        text = json.dumps(
-            [*entries, {**entry, "run": run.on_these_images}], indent=2, ensure_ascii=False
         )
-        try:
-            write_atomically(folder / LOG_FILE, f"{text}\n".encode())
-        except OSError as error:
-            raise InputError(
-                f"an evaluation is logged in the bundle; {folder / LOG_FILE}: {error.strerror}: "
-                "free space, or copy the bundle to where it can be written"
-            ) from error
+        run = Run(len(dates) + 1, len(own) + 1, tuple(dates))
+        logged = {**entry, "run": run.on_these_images}
+        _write(bundle, [*own, logged])
+        if sweep is not None and not is_baseline:
+            _write(sweep, [*of_sweep, logged])
     return run
 
 
@@ -74,21 +83,41 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: If the log is not what was written.
     """
-    path = folder / LOG_FILE
-    if not path.exists() and not path.is_symlink():
-        return []
+    return _read(LocalFiles(str(folder)))
+
+
+def _read(files: SweepFiles) -> list[dict[str, Any]]:
     try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > _MAX_BYTES:
-            raise ValueError("it is no file of at most 16 MiB")
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(files, LocalFiles):
+            path = files.folder / LOG_FILE
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise ValueError("it is no file")
+        with files.open(LOG_FILE) as log:
+            content = log.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError("it is larger than 16 MiB")
+        entries = json.loads(content.decode())
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError("it is no list of evaluations")
+    except FileNotFoundError:
+        return []
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(
-            f"{path} must list the bundle's evaluations; {error!s:.200}: restore it, or export the "
-            "bundle again"
+            f"{files.location}/{LOG_FILE} must list the evaluations of a bundle, or of a sweep's; "
+            f"{error!s:.200}: restore it, or export the bundle again"
         ) from error
     return entries
+
+
+def _write(files: SweepFiles, entries: list[dict[str, Any]]) -> None:
+    text = json.dumps(entries, indent=2, ensure_ascii=False)
+    try:
+        files.write(LOG_FILE, f"{text}\n".encode())
+    except OSError as error:
+        raise InputError(
+            f"an evaluation is logged in bundle and sweep; {files.location}/{LOG_FILE}: "
+            f"{error.strerror or error}: free space, or copy it to where it can be written"
+        ) from error
 
 
 @contextlib.contextmanager

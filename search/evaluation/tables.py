@@ -85,8 +85,9 @@ def _remarks(evaluation: Mapping[str, Any]) -> Iterable[str]:
         )
     if run["on_these_images"] > 1:
         yield (
-            f"note: evaluation {run['on_these_images']} of this bundle on these test images, the "
-            f"first was on {run['earlier'][0]}: whatever was changed since was tuned on them"
+            f"note: evaluation {run['on_these_images']} on these test images, by this bundle or "
+            f"another of its sweep, the first was on {run['earlier'][0]}: whatever was changed or "
+            "chosen since was tuned on them"
         )
     elif run["of_this_bundle"] > 1:
         yield f"note: evaluation {run['of_this_bundle']} of this bundle, the first on these images"

@@ -37,8 +37,6 @@ BATCH_SIZE = 16
 
 METHODS = {"grad_cam": grad_cam, "integrated_gradients": integrated_gradients}
 
-# Called with what is done, how much of it, and how much there is of it.
-
 
 def to_intensities(images: npt.NDArray[np.uint8]) -> Tensor:
     """Return grey ``(B, 1, H, H)`` in [0, 1] of pixels ``(B, H, H)``."""

@@ -34,6 +34,7 @@ from search.explanation.checks import (
     to_intensities,
 )
 from search.explanation.gallery import Case, Pixels, choose_cases, draw_overlay, png, write_gallery
+from search.explanation.verdict import judge
 
 FORMAT = 1
 
@@ -60,9 +61,9 @@ def explain_images(
         bundle: A bundle's folder.
         images: Image files; or a sweep's folder, its address as text, or one manifest with splits,
             of whose validation images right, wrong, and uncertain ones are chosen for a gallery.
-        out: A new folder; it appears whole or not at all. For every image and method an overlay
-            (PNG) and an array ``(H, W)`` of the network's image size (NPY, float32), and what is
-            returned, as ``explanation.json``.
+        out: A new folder, or the bundle's ``explanation``, which is replaced; it appears whole or
+            not at all. For every image and method an overlay (PNG) and an array ``(H, W)`` of the
+            network's image size (NPY, float32), and what is returned, as ``explanation.json``.
         num_each: Images of each kind in the gallery.
         num_tests: Images that the tests of the maps are run on: the first ones given, or some
             drawn from the manifest; 0 for none.
@@ -77,10 +78,12 @@ def explain_images(
     Raises:
         InputError: If the bundle, an image, or the manifest cannot be used, or ``out`` exists.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    own = bundle / "explanation"
+    is_made_anew = out == own and (own / RESULT_FILE).is_file()
+    if out.exists() and not is_made_anew and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"explanations go into a new folder; {out} exists: give another")
     tell = progress or (lambda what, done, total: None)
-    opened, network = load_bundle(bundle), load_network(bundle)
+    opened = load_bundle(bundle)
     only = images[0] if len(images) == 1 else Path()
     is_labelled = len(images) == 1 and (
         isinstance(only, str) or only.is_dir() or only.suffix.lower() == ".csv"
@@ -90,6 +93,8 @@ def explain_images(
     else:
         cases = _cases(opened, [Path(image) for image in images])
         tested = np.array([case.image for case in cases[:num_tests]], np.uint8)
+    # After the images: their mistakes should not wait for it.
+    network = load_network(bundle)
     backbones = [member.backbone.name for member in network.members]
     result: dict[str, Any] = {
         "format": FORMAT,
@@ -119,11 +124,12 @@ def explain_images(
             result["pointing_game"] = point_at_phantoms(
                 network, opened.classes, opened.image_size_px, num_phantoms, seed=seed
             )
+        result["verdicts"] = {name: judge(result, name) for name in METHODS}
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RESULT_FILE).write_text(f"{text}\n", encoding="utf-8")
         folder.chmod(0o755)
         if out.is_dir():
-            out.rmdir()
+            shutil.rmtree(out)
         shutil.move(folder, out)
     return result
 
@@ -161,6 +167,8 @@ def print_explanation(console: Console, explanation: Mapping[str, Any]) -> None:
         table.add_row(f"pointing game, {game['num_images']} phantoms", *cells, "above random")
     if table.row_count:
         console.print(table)
+    for name, verdict in explanation["verdicts"].items():
+        console.print(f"{name}: {verdict}", soft_wrap=True)
 
 
 def _labelled_cases(

@@ -76,8 +76,6 @@ def _history(
     if 0 in findings.values:
         level = y(findings.values[0])
         parts.append(line(frame.x[0], level, frame.x[1], level, "dashed"))
-        below_px = 15 if findings.sweep.mode == "max" else -7
-        parts.append(text(frame.x[1], level + below_px, "baseline", class_="note end"))
     marks, best, so_far = [], [], None
     for place, number in places:
         value = findings.values[number]
@@ -88,10 +86,14 @@ def _history(
         shape, look = look_of(findings, findings.trials[number])
         marks.append(mark(x(place), y(value), look, shape=shape, key=key_of(prefix, number)))
     parts += [steps(best, frame.x[1], "best"), *marks]
+    above_px, below_px = (-7, 15) if findings.sweep.mode == "max" else (15, -7)
+    if 0 in findings.values:  # over the marks, which it must not be lost under
+        level = y(findings.values[0])
+        parts.append(text(frame.x[1], level + below_px, "baseline", class_="note end"))
     parts.append(
         text(
             frame.x[1],
-            best[-1][1] + (-7 if findings.sweep.mode == "max" else 15),
+            best[-1][1] + above_px,
             f"{short(so_far or 0)}, trial {leader}",
             class_="strong end",
         )

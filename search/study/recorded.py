@@ -1,6 +1,6 @@
 """What the record holds of a trial; the words that record, scheduler, and workers share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
@@ -74,7 +74,7 @@ class Trial:
     seed: int
     view_seed: int
     state: State
-    epochs: tuple[Epoch, ...]
+    epochs: tuple[Epoch, ...] = field(repr=False)  # hundreds of lines
     attempt: int
     reason: str
     faults: tuple[str, ...] = ()
