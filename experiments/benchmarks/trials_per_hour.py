@@ -64,7 +64,12 @@ def write_sweep(options: argparse.Namespace, seed: int, folder: Path) -> Path:
     document = {
         "name": "bench",
         "seed": seed,
-        "data": {"path": str(options.data), "image_size_px": options.image_size_px},
+        "data": {
+            "path": str(options.data),
+            "image_size_px": options.image_size_px,
+            # plain.py does not look for copies; ours does, in this time, and leaves them there.
+            "duplicates": "allow",
+        },
         "weights": str(options.weights),
         "params": setting["params"],
         "space": {
@@ -248,7 +253,7 @@ def warm_up(manifest: Path, folder: Path) -> None:
     for path in manifest.parent.rglob("*"):
         if path.is_file():
             path.read_bytes()
-    modules = "search.cli, search.tuner, search.trial, torchvision.transforms.v2"
+    modules = "search.cli, search.tuning.tuner, search.tuning.trial, torchvision.transforms.v2"
     modules += ", kornia.augmentation, ray.tune.integration.pytorch_lightning"
     run_side([sys.executable, "-c", f"import {modules}"], folder / "imports.log")
 

@@ -1,0 +1,127 @@
+"""How do networks do, fine-tuned to every depth, at every learning rate, with every dropout?
+
+    uv run python experiments/benchmarks/fine_tuning_curves.py --storage FOLDER
+
+Every point of a grid is trained with several seeds, to its end, by the product itself: a sweep
+whose trials are given instead of drawn. ``search_quality.py --problem fine-tuning`` searches the
+table. It can be interrupted: the same command goes on. A seed sets head, batch order, dropout, and
+augmented images.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from measurement import SHARED, provenance
+
+from lightning_modules.seeds import derive_seed
+from search.data import prepare_data
+from search.folder import lock
+from search.notebook import launch
+from search.results import open_sweep
+from search.study.record import Record
+
+GRID: dict[str, list[Any]] = {
+    "unfreeze_depth": [0, 1, 2, 3, 4, 5],
+    "lr": [1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2],
+    "dropout": [0.1, 0.5],
+}
+NUM_SEEDS = 3
+MAX_EPOCHS = 12
+NAME = "curves"
+
+SWEEP = """
+name: curves
+data: {path: images, image_size_px: 64, duplicates: allow}
+params: {backbone: mobilenet_v2, unfreeze_depth: 0, dropout: 0.1, lr: 1.0e-4}
+space:
+  unfreeze_depth: {low: 0, high: 5}
+  dropout: {low: 0.1, high: 0.5}
+  lr: {low: 1.0e-4, high: 1.0e-2, log: true}
+search: {num_trials: 1, sampler: random, keep_trials: 1}
+scheduler: null
+"""
+
+
+def begin(storage: Path, data: Path, weights: Path) -> None:
+    """Launch the sweep with the first point of the grid."""
+    path = storage / "curves.yaml"
+    storage.mkdir(parents=True, exist_ok=True)
+    path.write_text(SWEEP)
+    settings = {"training.max_epochs": MAX_EPOCHS}
+    launch(path, data=data, weights=weights, storage=storage, set=settings)
+
+
+def train(storage: Path) -> Record:
+    """Give the sweep the points that it lacks, and run what has not ended."""
+    sweep = open_sweep(NAME, storage)
+    manifest, pack = prepare_data(sweep)
+    from search.tuning import tuner
+
+    with lock(sweep), (record := Record.open(sweep)).being_written():
+        there = {(trial.params, trial.seed) for trial in record.trials()}
+        # Seed by seed, so that what is there early covers the grid.
+        for index, *values in itertools.product(range(NUM_SEEDS), *GRID.values()):
+            params = dataclasses.replace(sweep.params, **dict(zip(GRID, values, strict=True)))
+            seeds = (derive_seed("curves", index), derive_seed("curves, views", index))
+            if (params, seeds[0]) not in there:
+                record.add(params, seed=seeds[0], view_seed=seeds[1])
+        search = dataclasses.replace(sweep.search, num_trials=record.num_trials)
+        record.sweep = dataclasses.replace(sweep, search=search)
+        tuner.resume_sweep(record, manifest, pack, address=None, tell=print)
+    return record
+
+
+def table_of(record: Record) -> list[Any]:
+    """Return val macro-F1: depths x learning rates x dropouts x seeds x epochs.
+
+    What has diverged scores 0 from there on.
+    """
+    curves = {}
+    for trial in record.trials():
+        values = [epoch.metrics["val_macro_f1"] or 0.0 for epoch in trial.epochs]
+        curves[trial.params, trial.seed] = values + [0.0] * (MAX_EPOCHS - len(values))
+    base = record.sweep.params
+
+    def nested(values: dict[str, Any], names: list[str]) -> list[Any]:
+        if not names:
+            params = dataclasses.replace(base, **values)
+            return [curves[params, derive_seed("curves", index)] for index in range(NUM_SEEDS)]
+        first, *others = names
+        return [nested({**values, first: value}, others) for value in GRID[first]]
+
+    return nested({}, list(GRID))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--storage", type=Path, required=True, help="where the sweep is kept")
+    parser.add_argument("--data", type=Path, default=SHARED / "data" / "dev-mri5")
+    parser.add_argument("--weights", type=Path, default=SHARED / "weights")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_name("results") / "fine_tuning_curves.json"
+    )
+    options = parser.parse_args()
+    facts = provenance("torch", "ray", "optuna", "pytorch-lightning")
+    start_s = time.monotonic()
+    if not (options.storage / NAME / "sweep.yaml").is_file():
+        begin(options.storage, options.data, options.weights)
+    record = train(options.storage)
+    table = {
+        **facts,
+        "wall_s_of_last_run": time.monotonic() - start_s,
+        "backbone": record.sweep.params.backbone,
+        "image_size_px": record.sweep.data.image_size_px,
+        "num_seeds": NUM_SEEDS,
+        "grid": GRID,
+        "val_macro_f1": table_of(record),
+    }
+    options.out.write_text(json.dumps(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()
