@@ -18,6 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# As the user's shell has it: importing `search` later sets what Ray reads, which is not for others.
+ENVIRONMENT = dict(os.environ)
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("NEUROSWEEP_SHARED", REPOSITORY.parent / "shared"))
 

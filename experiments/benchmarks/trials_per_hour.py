@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import yaml
 from measurement import (
+    ENVIRONMENT,
     REPOSITORY,
     SHARED,
     provenance,
@@ -173,7 +174,7 @@ def run_plain(
 def run_side(command: list[str], log: Path, **environment: str) -> dict[str, Any]:
     """Run one side; what it cost."""
     env = {
-        **os.environ,
+        **ENVIRONMENT,
         "PYTHONPATH": str(REPOSITORY),
         # Under `uv run`, Ray would start every worker with uv again; and none of its tokens is to
         # be left in the home folder. Both as our own command has it.
@@ -248,6 +249,16 @@ def print_summary(summary: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
     print(f"mean val_macro_f1, ours minus plain, pair by pair: {shown_differences}")
 
 
+def write_results(
+    options: argparse.Namespace, facts: dict[str, Any], pairs: list[dict[str, Any]]
+) -> None:
+    """Write what there is, if that was asked for: the next pair takes a quarter of an hour."""
+    if options.out:
+        named = {name: v.name if isinstance(v, Path) else v for name, v in vars(options).items()}
+        record = {**facts, "options": named, "summary": summarise(pairs), "pairs": pairs}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def warm_up(manifest: Path, folder: Path) -> None:
     """Bring both sides' files into memory, so that the first pair is like the others."""
     for path in manifest.parent.rglob("*"):
@@ -304,14 +315,10 @@ def main() -> None:
                 else:
                     pair[side] = run_plain(drawn, options, folder, cache)
             pairs.append(pair)
+            write_results(options, facts, pairs)
             walls = ", ".join(f"{side} {pair[side]['wall_s']:.0f} s" for side in order)
             print(f"pair {number}: {walls}", file=sys.stderr, flush=True)
-    summary = summarise(pairs)
-    print_summary(summary, pairs)
-    if options.out:
-        named = {name: v.name if isinstance(v, Path) else v for name, v in vars(options).items()}
-        record = {**facts, "options": named, "summary": summary, "pairs": pairs}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print_summary(summarise(pairs), pairs)
 
 
 if __name__ == "__main__":
