@@ -50,6 +50,9 @@ QUIET = 0.05
 # Rows of the matrix of all pairs that are in memory at a time.
 BLOCK = 1024
 
+# Images that are turned at a time: so few stay in a core's own cache.
+TURN_BLOCK = 128
+
 
 @dataclass(frozen=True)
 class Duplicates:
@@ -140,7 +143,7 @@ def similar_pairs(
     """Yield the pairs of positions in ``rows`` that show one picture; some come several times."""
     if len(rows) < 2:
         return
-    structures = np.zeros((len(rows), SIDE_PX, SIDE_PX), np.float16)
+    structures = np.zeros((len(rows), SIDE_PX, SIDE_PX), np.float32)
     for start in range(0, len(rows), BLOCK):
         block = np.stack([_shrunk(images[row]) for row in rows[start : start + BLOCK]])
         structures[start : start + BLOCK] = local_structure(block)
@@ -236,22 +239,40 @@ class Whitening:
         return _of_length_1(np.asarray((coarse - self.mean) @ self.matrix, dtype=np.float32))
 
 
-def _coarse(structures: npt.NDArray[np.float16], turn: Turn) -> Floats:
+def _coarse(structures: Floats, turn: Turn) -> Floats:
     """Return structures as seen through a turn, in rows of length 1; of nothing, 0."""
-    left_px, top_px, side_px = (SIDE_PX * share for share in (turn.left, turn.top, turn.side))
-    box = (left_px, top_px, left_px + side_px, top_px + side_px)
-    coarse = np.empty((len(structures), COARSE_PX, COARSE_PX), np.float32)
-    for row, structure in enumerate(structures):
-        mirrored = structure[:: -1 if turn.upside_down else 1, :: -1 if turn.sideways else 1]
-        picture = Image.fromarray(np.ascontiguousarray(mirrored, dtype=np.float32))
-        small = picture.resize((COARSE_PX, COARSE_PX), Image.Resampling.BILINEAR, box)
-        coarse[row] = np.asarray(small)
-    # Tile by tile, or a bright skull would outweigh what is in it.
-    tiles = coarse.reshape(-1, NUM_TILES, TILE_PX, NUM_TILES, TILE_PX)
-    tiles = tiles - tiles.mean(axis=(2, 4), keepdims=True)
-    spread = np.sqrt((tiles**2).mean(axis=(2, 4), keepdims=True))
-    rows = (tiles / (spread + QUIET)).reshape(len(coarse), -1)
-    return _of_length_1(rows.astype(np.float32))
+    across = _resampling(turn.sideways, turn.left, turn.side)
+    down = _resampling(turn.upside_down, turn.top, turn.side)
+    rows = np.empty((len(structures), COARSE_PX**2), np.float32)
+    for start in range(0, len(structures), TURN_BLOCK):
+        # Two products of matrices for many images at once, not a resize for each.
+        coarse = down.T @ (structures[start : start + TURN_BLOCK] @ across)
+        # Tile by tile, or a bright skull would outweigh what is in it.
+        tiles = coarse.reshape(-1, NUM_TILES, TILE_PX, NUM_TILES, TILE_PX)
+        tiles -= _tile_means(coarse)
+        tiles /= np.sqrt(_tile_means(coarse**2)) + QUIET
+        rows[start : start + TURN_BLOCK] = coarse.reshape(len(coarse), -1)
+    return _of_length_1(rows)
+
+
+def _tile_means(coarse: Floats) -> Floats:
+    """Return the mean of each tile, ``(N, NUM_TILES, 1, NUM_TILES, 1)``."""
+    mean = np.kron(np.eye(NUM_TILES), np.full((TILE_PX, 1), 1 / TILE_PX)).astype(np.float32)
+    return np.asarray((mean.T @ coarse @ mean)[:, :, None, :, None])
+
+
+def _resampling(mirrored: bool, start: float, side: float) -> Floats:
+    """Return what crops a line of pixels and makes it coarser, ``(SIDE_PX, COARSE_PX)``.
+
+    Args:
+        mirrored: Turn the line round first.
+        start: What is cut off before, as a share.
+        side: What is left, as a share.
+    """
+    every = Image.fromarray(np.eye(SIDE_PX, dtype=np.float32))
+    box = (SIDE_PX * start, 0, SIDE_PX * (start + side), SIDE_PX)
+    weights = np.asarray(every.resize((COARSE_PX, SIDE_PX), Image.Resampling.BILINEAR, box))
+    return np.ascontiguousarray(weights[:: -1 if mirrored else 1])
 
 
 def _of_length_1(rows: Floats) -> Floats:
