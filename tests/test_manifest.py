@@ -376,6 +376,15 @@ def test_an_image_is_called_by_its_row_or_by_its_class_folder(tmp_path: Path) ->
     assert read_manifest(listed).name(0) == "'0.png' in row 1"
 
 
+def test_a_group_pattern_that_tries_every_split_of_a_path_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 2**60 ways to take the letters apart, none of which ends in a digit.
+    monkeypatch.setattr("lightning_modules.data.manifest.GROUP_TIMEOUT_S", 0.05)
+    touch(tmp_path, f"a/{'p' * 60}.png", "b/1.png")
+    refused(tmp_path, "finds a group within 0 s; got '((p|pp)+)", group_pattern=r"((p|pp)+)\d")
+
+
 def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.png", "b/1.txt", "c/2.png")
     refused(tmp_path, "got none in 'b'; add images or remove the folder")

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import regex
 
 from lightning_modules.errors import InputError
 from lightning_modules.files import write_atomically
@@ -42,6 +43,9 @@ MAX_LABEL_CHARACTERS = 100
 # Of a CSV: pandas takes 4 KiB of memory and 0.1 ms for each column that its first rows have.
 MAX_COLUMNS = 1000
 MAX_HEAD_BYTES = 2**16
+
+# Of one path: some patterns try every way to split it up.
+GROUP_TIMEOUT_S = 1.0
 
 _EMPTY = ("", "nan", "NaN")  # what pandas writes for a missing cell; "NA" and "None" are names
 _NOT_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, non-UTF-8
@@ -373,13 +377,18 @@ def _groups(file: Path, paths: list[str], group_pattern: str | None) -> list[str
         return paths
     rule = "group_pattern is a regular expression with a capture group"
     try:
-        pattern = re.compile(group_pattern)
-    except re.error as error:
+        pattern = regex.compile(group_pattern)
+    except regex.error as error:
         raise _broken(file, rule, f"{group_pattern!r:.200} ({error})", "correct it") from error
     if not pattern.groups:
         remedy = "put parentheses around the part that names the group"
         raise _broken(file, rule, f"{group_pattern!r:.200}", remedy)
-    found = [pattern.search(path) for path in paths]
+    try:
+        found = [pattern.search(path, timeout=GROUP_TIMEOUT_S) for path in paths]
+    except TimeoutError as error:
+        rule = f"group_pattern finds a group within {GROUP_TIMEOUT_S:.0f} s"
+        remedy = "repeat nothing that repeats itself, as in (a+)+"
+        raise _broken(file, rule, f"{group_pattern!r:.200}", remedy) from error
     groups = [match.group(1) or "" if match else "" for match in found]
     if lost := [repr(posixpath.basename(p)) for p, g in zip(paths, groups, strict=True) if not g]:
         rule = "group_pattern finds a group in every relative path"
