@@ -121,6 +121,9 @@ class Progress(TrialProgressCallback):
             fault=fault,
         )
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Do nothing, in the place of Ray's, which keeps it: its last result has told everything."""
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Keep the clock going; Ray comes by ten times a second."""
         for view in self._views:

@@ -110,9 +110,9 @@ def launch_sweep(
     with contextlib.ExitStack() as stack:
         if address is not None:
             # What a cluster has is known only to it, and asked before there is a record.
-            stack.enter_context(connected(address))
-            wait_for_node(sweep, wait_s, tell)
-            check_nodes(sweep, manifest, pack, tell=tell)
+            stack.enter_context(
+                _checked_cluster(address, sweep, manifest, pack, wait_s=wait_s, tell=tell)
+            )
         if address is not None or is_object_storage(sweep.storage):
             weights = share_weights(weights, sweep)
         facts = {
@@ -175,10 +175,8 @@ def plan_sweep(
         if sweep.cost
     }
     try:
-        with connected(address):
+        with _checked_cluster(address, sweep, manifest, pack, wait_s=wait_s, tell=tell):
             if address is not None:
-                wait_for_node(sweep, wait_s, tell)
-                check_nodes(sweep, manifest, pack, tell=tell)
                 weights = share_weights(weights, sweep)
             measured = measure(sweep, is_local=address is None)
             run, resources = _run_of(
@@ -249,10 +247,7 @@ def resume_sweep(
         check_same_weights(backbone, origin)
     check_devices(sweep, address)
     _tell_data(manifest, pack, tell)
-    with connected(address):
-        if address is not None:
-            wait_for_node(sweep, wait_s, tell)
-            check_nodes(sweep, manifest, pack, tell=tell)
+    with _checked_cluster(address, sweep, manifest, pack, wait_s=wait_s, tell=tell):
         is_local = address is None
         run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
         _run(record, run, resources, is_local=is_local, tell=tell, as_json=as_json)
@@ -469,6 +464,18 @@ def connected(address: str | None) -> Iterator[None]:
     # Not after a signal: Ray on this node may have got it too, and then ends this process at the
     # first call. A driver that is gone is noticed, and its workers are ended.
     ray.shutdown()
+
+
+@contextlib.contextmanager
+def _checked_cluster(
+    address: str | None, sweep: Sweep, manifest: Manifest, pack: Pack, *, wait_s: float, tell: Tell
+) -> Iterator[None]:
+    """Connect to a cluster whose nodes can run the trials, or start one on this machine."""
+    with connected(address):
+        if address is not None:
+            wait_for_node(sweep, wait_s, tell)
+            check_nodes(sweep, manifest, pack, tell=tell)
+        yield
 
 
 def _tell_data(manifest: Manifest, pack: Pack, tell: Tell) -> None:
