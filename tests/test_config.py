@@ -218,7 +218,8 @@ BAD_SETTINGS = {
     "space: {}": "space must map at least one param to its values; got {}",
     "space: null": "space must map at least one param to its values; got None",
     "space: [lr]": "space must map at least one param to its values; got ['lr']",
-    "space: {lr: 3}": "space.lr must be a list of choices or a mapping of low and high; got 3",
+    "space: {lr: 3}": "space.lr must be a list of choices or a mapping of low and high; got 3: "
+    "a param that is not to be searched is left out of space",
     "space: {lr: {low: 1e-2}}": "space.lr must have high, or be a list of choices",
     "space: {lr: {low: 1e-2, high: 1e-4}}": (
         "space.lr.low must be below high, got 0.01 and 0.0001: widen the range, or give a single "
