@@ -5,14 +5,10 @@ A file is untrusted input: only tensors are read, and each name in it is checked
 
 import hashlib
 import math
-import os
-import pickletools
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import safetensors
 import safetensors.torch
@@ -23,6 +19,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from lightning_modules.backbones import Backbone, build_network
 from lightning_modules.errors import InputError
 from lightning_modules.files import check_header
+from lightning_modules.pickled_bombs import TENSORS_ONLY, refuse_bombs
 from lightning_modules.stages import HEAD_MODULE, IMAGENET_SIZE_PX, PATCH_PX, STAGE_MODULES
 
 State = dict[str, Tensor]
@@ -37,13 +34,6 @@ POSITIONS = "encoder.pos_embedding"
 # ResNet-152 has 932 tensors, a self-supervised pair of networks twice as many.
 MAX_TENSORS = 20_000
 MAX_NAME_PARTS = 32
-
-# What torch lets a file of tensors call, and needs for none: a zeroed gigabyte in a hundred bytes,
-# and text that doubles with each call.
-_BOMBS = ("bytearray", "encode")
-_TENSORS_ONLY = "must hold tensors only (no pickled objects)"
-
-_NUM_OLD_PICKLES = 5  # at the head of a file from before torch 1.6
 
 # Of images of 4096 px. A file may claim any shape in a few bytes: a value repeated.
 MAX_PATCHES_A_SIDE = 256
@@ -98,7 +88,7 @@ def read_state_dict(path: Path) -> State:
         raise InputError(f"weights {path} cannot be read: {first_line(error):.200}") from error
     except Exception as error:  # torch raises pickle.UnpicklingError and bare ones of its own
         # Not torch's words: they advise to load the file all the same.
-        raise InputError(f"weights {path} {_TENSORS_ONLY}; save `model.state_dict()`") from error
+        raise InputError(f"weights {path} {TENSORS_ONLY}; save `model.state_dict()`") from error
     if isinstance(content, Mapping):
         inside = [content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)]
         content = inside[0] if inside else content
@@ -112,36 +102,6 @@ def read_state_dict(path: Path) -> State:
             "`model.state_dict()`"
         )
     return dict(content)
-
-
-def refuse_bombs(file: IO[bytes]) -> None:
-    """Refuse a file of torch that would take more memory than it has bytes.
-
-    Args:
-        file: At its start, where it is left.
-
-    Raises:
-        InputError: If it is compressed, is no such file, or calls what allocates as much as it is
-            told to; the message does not name it.
-        OSError: If it cannot be read.
-    """
-    num_bytes = file.seek(0, os.SEEK_END)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            # torch stores its tensors as they are, and would inflate what is not.
-            sizes = sum(entry.file_size for entry in entries)
-            if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sizes > num_bytes:
-                raise InputError("must not be compressed")
-            for entry in entries:
-                if entry.filename.endswith(".pkl"):
-                    with archive.open(entry) as pickled:
-                        _check_calls(pickled)
-    except zipfile.BadZipFile:
-        file.seek(0)
-        for _ in range(_NUM_OLD_PICKLES):
-            _check_calls(file)
-    file.seek(0)
 
 
 def match_state_dict(
@@ -315,20 +275,6 @@ def _resize_positions(positions: Tensor, width: int, image_size_px: int) -> Tens
     state = OrderedDict({POSITIONS: positions.float()})
     resized: Tensor = interpolate_embeddings(image_size_px, PATCH_PX, state)[POSITIONS]
     return resized
-
-
-def _check_calls(pickled: IO[bytes]) -> None:
-    # Looked at, and not run.
-    try:
-        names = [
-            str(argument).rpartition(" ")[2]
-            for opcode, argument, _ in pickletools.genops(pickled)
-            if opcode.name in ("GLOBAL", "STACK_GLOBAL")
-        ]
-    except ValueError as error:
-        raise InputError(_TENSORS_ONLY) from error
-    if not set(names).isdisjoint(_BOMBS):
-        raise InputError(_TENSORS_ONLY)
 
 
 def _is_name(name: object) -> bool:

@@ -276,8 +276,8 @@ def _build_domain(name: str, hint: type[Any], given: Any) -> Domain:
         given = {"choices": given}
     if not isinstance(given, dict):
         raise InputError(
-            f"{dotted} must be a list of choices or a mapping of low and high; got {_shown(given)}: "
-            "a param that is not to be searched is left out of space"
+            f"{dotted} must be a list of choices or a mapping of low and high; got {_shown(given)}"
+            ": a param that is not to be searched is left out of space"
         )
     is_number = hint in (int, float)
     _check_keys(dotted, given, {"choices", "low", "high", "log"} if is_number else {"choices"})

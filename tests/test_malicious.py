@@ -29,6 +29,7 @@ from lightning_modules.bundle import load_bundle
 from lightning_modules.data.decode import decode_image
 from lightning_modules.data.manifest import read_manifest
 from lightning_modules.errors import InputError
+from lightning_modules.pickled_bombs import refuse_bombs
 from lightning_modules.state_dicts import read_state_dict
 from lightning_modules.strict_yaml import load_yaml
 from search.card.model_card import write_card
@@ -152,6 +153,34 @@ def test_a_gigabyte_in_a_hundred_bytes_is_not_allocated(is_new: bool) -> None:
         assert "must hold tensors" in message_of(
             lambda path=path: AtomicCheckpointIO(LocalFiles(".")).load_checkpoint(path)
         )
+
+
+def key_of_tuples(depth: int) -> bytes:
+    """A pickled dictionary whose key is two of two of two ..., each one stored once."""
+    levels = b"".join(b"q%ch%c\x86" % (level, level) for level in range(depth))
+    return b"\x80\x02}" + b"N\x85" + levels + b"K\x01s."
+
+
+def test_a_key_that_takes_for_ever_to_hash_is_refused() -> None:
+    assert pickle.loads(key_of_tuples(3)) == {((((None,),) * 2,) * 2,) * 2: 1}
+    for name, depth in (("shallow", 8), ("deep", 60)):
+        with zipfile.ZipFile(f"{name}.pth", "w") as archive:
+            archive.writestr("archive/data.pkl", key_of_tuples(depth))
+            archive.writestr("archive/version", "3")
+            archive.writestr("archive/byteorder", "little")
+    # Of 2**60 items: torch would hash them until it is killed.
+    with (
+        pytest.raises(InputError, match="must hold tensors only"),
+        Path("deep.pth").open("rb") as f,
+    ):
+        refuse_bombs(f)
+    with Path("shallow.pth").open("rb") as sound:
+        refuse_bombs(sound)
+        assert len(torch.load(sound, weights_only=True)) == 1
+    assert "must hold tensors only" in message_of(lambda: read_state_dict(Path("deep.pth")))
+    assert "must hold tensors and plain values" in message_of(
+        lambda: AtomicCheckpointIO(LocalFiles(".")).load_checkpoint("deep.pth")
+    )
 
 
 def test_compressed_tensors_are_not_inflated() -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 
 from lightning_modules.errors import InputError
-from lightning_modules.state_dicts import refuse_bombs
+from lightning_modules.pickled_bombs import refuse_bombs
 from search.study.recorded import CheckpointFile
 from search.study.sweep_files import StorageError, SweepFiles
 from search.tuning.patience import patiently

@@ -122,7 +122,7 @@ class Progress(TrialProgressCallback):
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Do nothing, in the place of Ray's, which keeps it: its last result has told everything."""
+        """Do nothing, in the place of Ray's, which keeps it: its last result has told all."""
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Keep the clock going; Ray comes by ten times a second."""
