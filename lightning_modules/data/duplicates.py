@@ -246,7 +246,9 @@ def _coarse(structures: Floats, turn: Turn) -> Floats:
     rows = np.empty((len(structures), COARSE_PX**2), np.float32)
     for start in range(0, len(structures), TURN_BLOCK):
         # Two products of matrices for many images at once, not a resize for each.
-        coarse = down.T @ (structures[start : start + TURN_BLOCK] @ across)
+        block = structures[start : start + TURN_BLOCK]
+        narrow = block.reshape(-1, SIDE_PX) @ across
+        coarse = down.T @ narrow.reshape(-1, SIDE_PX, COARSE_PX)
         # Tile by tile, or a bright skull would outweigh what is in it.
         tiles = coarse.reshape(-1, NUM_TILES, TILE_PX, NUM_TILES, TILE_PX)
         tiles -= _tile_means(coarse)
