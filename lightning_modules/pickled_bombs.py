@@ -8,20 +8,31 @@ import pickletools
 import zipfile
 from typing import IO, Any
 
+import torch
+
 from lightning_modules.errors import InputError
 
 TENSORS_ONLY = "must hold tensors only (no pickled objects)"
 
-# What torch lets a file of tensors call, and needs for none: a zeroed gigabyte in a hundred bytes,
-# and text that doubles with each call.
-_BOMBS = ("bytearray", "encode")
+# All that a file of tensors and plain values calls. Of the rest that torch lets it call, some
+# allocate as much as they are told to, or show what they were given in a message.
+_CALLS = {
+    "collections OrderedDict",
+    "torch Size",
+    "torch._utils _rebuild_meta_tensor_no_storage",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_parameter_with_state",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2",
+    "torch.storage UntypedStorage",
+}
 
 # A tuple of two of a tuple of two ...: Python goes through all of it to hash a key.
 MAX_SPELT_OUT = 1_000_000
 
 _NUM_OLD_PICKLES = 5  # at the head of a file from before torch 1.6
 
-_MARK = -1
+_MARK, _CALL = -1, -2
 
 
 def refuse_bombs(file: IO[bytes]) -> None:
@@ -31,11 +42,23 @@ def refuse_bombs(file: IO[bytes]) -> None:
         file: At its start, where it is left.
 
     Raises:
-        InputError: If it is compressed, is no such file, calls what allocates as much as it is
-            told to, or holds tuples of tuples without end; the message does not name it.
+        InputError: If it is compressed, is no such file, calls what tensors do not need, or holds
+            tuples of tuples without end; the message does not name it.
         OSError: If it cannot be read.
     """
     num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    # By these torch tells the formats apart; an archive may begin anywhere for `zipfile`.
+    if file.read(4) == b"PK\x03\x04":
+        _check_archive(file, num_bytes)
+    else:
+        file.seek(0)
+        for _ in range(_NUM_OLD_PICKLES):
+            _check(file)
+    file.seek(0)
+
+
+def _check_archive(file: IO[bytes], num_bytes: int) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -43,31 +66,40 @@ def refuse_bombs(file: IO[bytes]) -> None:
             sizes = sum(entry.file_size for entry in entries)
             if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sizes > num_bytes:
                 raise InputError("must not be compressed")
+            # Else `zipfile` has found another directory than torch, which goes by its place alone.
+            if min((entry.header_offset for entry in entries), default=0):
+                raise InputError(TENSORS_ONLY)
             for entry in entries:
-                if entry.filename.endswith(".pkl"):
+                # torch does not mind how names are written.
+                if entry.filename.lower().endswith(".pkl"):
                     with archive.open(entry) as pickled:
                         _check(pickled)
-    except zipfile.BadZipFile:
-        file.seek(0)
-        for _ in range(_NUM_OLD_PICKLES):
-            _check(file)
-    file.seek(0)
+    except zipfile.BadZipFile as error:
+        raise InputError(TENSORS_ONLY) from error
 
 
 def _check(pickled: IO[bytes]) -> None:
     """Go through one pickle."""
-    sizes = _TupleSizes()
+    stack = _Stack()
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name == "GLOBAL" and str(argument).rpartition(" ")[2] in _BOMBS:
+            if opcode.name == "GLOBAL" and not _is_needed(str(argument)):
                 raise InputError(TENSORS_ONLY)
-            if sizes.follow(opcode, argument) > MAX_SPELT_OUT:
+            if stack.follow(opcode, argument) > MAX_SPELT_OUT:
                 raise InputError(TENSORS_ONLY)
     except (ValueError, IndexError) as error:
         raise InputError(TENSORS_ONLY) from error
 
 
-class _TupleSizes:
+def _is_needed(name: str) -> bool:
+    module, _, member = name.partition(" ")
+    is_kind = module == "torch" and (
+        member.endswith("Storage") or isinstance(getattr(torch, member, None), torch.dtype)
+    )
+    return is_kind or name in _CALLS
+
+
+class _Stack:
     """What a pickle has on its stack: how many items each tuple has, those of its own spelt out."""
 
     def __init__(self) -> None:
@@ -79,6 +111,7 @@ class _TupleSizes:
 
         Raises:
             IndexError: If it takes more than there is.
+            ValueError: If it calls what is no function or class.
         """
         stack = self._stack
         before = opcode.stack_before
@@ -91,8 +124,10 @@ class _TupleSizes:
         match opcode.name:
             case "MARK":
                 stack.append(_MARK)
+            case "GLOBAL":
+                stack.append(_CALL)
             case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(1 + sum(taken))
+                stack.append(1 + sum(max(1, size) for size in taken))
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(self._memo.get(int(argument), 1))
             case "PUT" | "BINPUT" | "LONG_BINPUT":
@@ -103,5 +138,8 @@ class _TupleSizes:
             case "DUP":
                 stack += [taken[-1]] * 2
             case _:
+                if opcode.name in ("REDUCE", "NEWOBJ") and taken[-1] != _CALL:
+                    # torch would show it, however large it is.
+                    raise ValueError("it calls what it has made")
                 stack += [1] * len(opcode.stack_after)
         return stack[-1] if stack else 0

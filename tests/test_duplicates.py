@@ -11,8 +11,11 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from lightning_modules.data.decode import decode_file, decode_image
 from lightning_modules.data.duplicates import (
+    COARSE_PX,
     Duplicates,
     Whitening,
+    _resampling,
+    all_turns,
     duplicates_of,
     find_duplicates,
     local_structure,
@@ -30,6 +33,22 @@ def slices(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     manifest = write_phantoms(settings, tmp_path_factory.mktemp("phantoms"))
     paths = sorted(path for path in manifest.parent.rglob("*.png") if "mask" not in str(path))
     return np.stack([decode_file(path, SIDE_PX)[0] for path in paths])
+
+
+def test_every_crop_is_the_one_that_pillow_makes() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.standard_normal((64, 64)).astype(np.float32)
+    for turn in all_turns():
+        mirrored = picture[:: -1 if turn.upside_down else 1, :: -1 if turn.sideways else 1]
+        left, top, side = (64 * share for share in (turn.left, turn.top, turn.side))
+        expected = Image.fromarray(np.ascontiguousarray(mirrored)).resize(
+            (COARSE_PX, COARSE_PX),
+            Image.Resampling.BILINEAR,
+            (left, top, left + side, top + side),
+        )
+        down = _resampling(turn.upside_down, turn.top, turn.side)
+        across = _resampling(turn.sideways, turn.left, turn.side)
+        np.testing.assert_allclose(down.T @ picture @ across, np.asarray(expected), atol=1e-6)
 
 
 def as_jpeg(image: Image.Image, quality: int = 30) -> Image.Image:

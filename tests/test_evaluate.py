@@ -452,13 +452,21 @@ def test_another_bundle_of_the_sweep_gets_no_first_look(tmp_path: Path) -> None:
     log_evaluation(third, {**monday, "date": "2026-11-26"})
     thursday = {**monday, "date": "2026-11-27"}
     assert log_evaluation(third, thursday, files).on_these_images == 5
-    assert [entry["run"] for entry in read_log(sweep)] == [1, 2, 3, 5]
+    assert log_evaluation(first, {**monday, "date": "2026-11-30"}, files).on_these_images == 6
     # Other images are looked at for the first time.
     others = {**monday, "date": "2026-11-28", "manifest_digest": "c", "images_digest": "d"}
     assert log_evaluation(second, others, files) == Run(1, 2, ())
+    # What cannot be read is not begun anew, and nothing is logged beside it.
+    (sweep / "evaluations.json").write_text("{}")
+    before = read_log(second)
+    with pytest.raises(InputError, match="of a bundle, or of a sweep's; it is no list"):
+        log_evaluation(second, others, files)
+    assert read_log(second) == before
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", "[" * 100_000, '[{"date": []}]', '[{"date": "\\ud800"}]']
+)
 def test_a_log_that_was_tampered_with_is_refused(bundle: Path, data: Path, text: str) -> None:
     (bundle / "evaluations.json").write_text(text)
     with pytest.raises(

@@ -183,6 +183,53 @@ def test_a_key_that_takes_for_ever_to_hash_is_refused() -> None:
     )
 
 
+def zipped(path: Path, pickled: bytes, name: str = "archive/data.pkl") -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, pickled)
+        archive.writestr("archive/version", "3")
+    return path.read_bytes()
+
+
+def test_what_hides_from_a_look_at_a_file_is_refused() -> None:
+    allocation = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R."
+    torch.save({"a": Allocated(bytearray, 2**33)}, "old.pth", _use_new_zipfile_serialization=False)
+    sound = zipped(Path("sound.pth"), b"\x80\x02}.")
+    end = sound.rindex(b"PK\x05\x06")
+    hidden = {
+        # torch goes by the first bytes of a file, a reader of archives by the last.
+        "appended": Path("old.pth").read_bytes() + sound,
+        "capitals": zipped(Path("x.pth"), allocation, "archive/DATA.PKL"),
+        "directory": sound[:end] + b" " * 9 + sound[end:],
+        # Not on torch's own list of what not to call, but nothing that tensors need.
+        "class": zipped(Path("x.pth"), b"\x80\x02ctorch\nTensor\nK\x01\x85R."),
+        # torch would show the list that it is told to call.
+        "list": zipped(Path("x.pth"), b"\x80\x02]q\x00(K\x01K\x02e)R."),
+        "empty stack": zipped(Path("x.pth"), b"\x80\x02R."),
+    }
+    for name, content in hidden.items():
+        line = message_of(lambda content=content: refuse_bombs(io.BytesIO(content)))
+        assert line == "must hold tensors only (no pickled objects)", name
+    refuse_bombs(io.BytesIO(sound))
+
+
+def test_what_tensors_need_is_not_refused() -> None:
+    plain = {"epoch": 3, "lr": [1e-3, None, True], "name": "a", "betas": (0.9, 0.999)}
+    for is_new in (True, False):
+        content = {
+            "state_dict": torch.nn.Linear(2, 2).state_dict(),
+            "parameter": torch.nn.Parameter(torch.ones(2)),
+            "half": torch.ones(3, dtype=torch.bfloat16),
+            "kind": torch.float16,
+            "size": torch.ones(2, 3).shape,
+            "random": torch.get_rng_state(),
+            **plain,
+        }
+        torch.save(content, "w.pth", _use_new_zipfile_serialization=is_new)
+        with Path("w.pth").open("rb") as file:
+            refuse_bombs(file)
+            assert torch.load(file, weights_only=True)["betas"] == (0.9, 0.999)
+
+
 def test_compressed_tensors_are_not_inflated() -> None:
     torch.save({"a": torch.zeros(2**24)}, "w.pth")
     with zipfile.ZipFile("w.pth") as sound, zipfile.ZipFile("bomb.pth", "w", 8) as bomb:

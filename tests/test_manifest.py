@@ -348,6 +348,12 @@ def test_a_pattern_beside_a_group_column_is_refused(tmp_path: Path) -> None:
         (r"p\d", "put parentheses around the part that names the group"),
         (r"(p\d+)", "got none in 1 of 2: 'x.png'; widen the pattern"),
         (r"(p\d+)?", "got none in 2 of 2"),  # an optional group that takes no part
+        ("(a{1000000000})", "1000 characters and 1000 repetitions; got '(a{1000000000})'; shorten"),
+        (r"b/(x{2,1000}|y{9})", "1000 characters and 1000 repetitions"),
+        (r"_(p\d{4})_20212022_", "got none in 2 of 2"),  # no repetition
+        ("((a{100}){100})", "1000 characters and 1000 repetitions; got '((a{100}){100})'; shorten"),
+        ("(" * 1001, "group_pattern has up to 1000 characters"),
+        ("(" * 500 + ")" * 500, "group_pattern is a regular expression with a capture group"),
     ],
 )
 def test_a_pattern_that_finds_no_group_is_refused(
@@ -361,7 +367,7 @@ def test_a_pattern_that_finds_no_group_is_refused(
 def test_images_that_a_sweep_does_not_read_are_not_left_out_in_silence(
     tmp_path: Path, name: str
 ) -> None:
-    for path in ("a/0.png", "b/1.png", f"b/{name}", "b/.hidden.dcm"):
+    for path in ("a/0.png", "b/1.png", f"b/{name}", "b/.hidden.dcm", "preview.gif"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     refused(tmp_path, f"got 1 that are not, such as '{name}'; export them as PNG, or move them")
@@ -382,7 +388,7 @@ def test_a_group_pattern_that_tries_every_split_of_a_path_is_refused(
     # 2**60 ways to take the letters apart, none of which ends in a digit.
     monkeypatch.setattr("lightning_modules.data.manifest.GROUP_TIMEOUT_S", 0.05)
     touch(tmp_path, f"a/{'p' * 60}.png", "b/1.png")
-    refused(tmp_path, "finds a group within 0 s; got '((p|pp)+)", group_pattern=r"((p|pp)+)\d")
+    refused(tmp_path, "finds all groups within 0 s; got '((p|pp)+)", group_pattern=r"((p|pp)+)\d")
 
 
 def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ scheduler: null
 
 
 def begin(storage: Path, data: Path, weights: Path) -> None:
-    """Launch the sweep with the first point of the grid."""
+    """Launch the sweep with a baseline, which is not part of the table."""
     path = storage / "curves.yaml"
     storage.mkdir(parents=True, exist_ok=True)
     path.write_text(SWEEP)
@@ -83,6 +84,8 @@ def table_of(record: Record) -> list[Any]:
     """
     curves = {}
     for trial in record.trials():
+        if len(trial.epochs) < MAX_EPOCHS and trial.reason != "diverged":
+            sys.exit(f"{trial.name} is {trial.state} ({trial.reason}): give the same command again")
         values = [epoch.metrics["val_macro_f1"] or 0.0 for epoch in trial.epochs]
         curves[trial.params, trial.seed] = values + [0.0] * (MAX_EPOCHS - len(values))
     base = record.sweep.params

@@ -26,7 +26,7 @@ Images = npt.NDArray[np.uint8]
 Clusters = tuple[tuple[int, ...], ...]
 
 # Raise it with anything that changes a result: stored ones are then computed anew.
-DUPLICATES_VERSION = 1
+DUPLICATES_VERSION = 2
 
 # The whitened correlation from which two images are one picture, and what is added to the
 # covariance's eigenvalues as a share of their mean; the more, the fewer images there are to

@@ -10,10 +10,12 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import posixpath
 import re
 import stat
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +35,6 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 # Images that a sweep does not read: beside others they would be left out, and nobody would know.
 OTHER_EXTENSIONS = (".dcm", ".nii", ".nii.gz", ".mha", ".nrrd", ".bmp", ".gif", ".webp")
 
-# The source of images that no manifest lists.
-FOLDER_SOURCE = "folder"
-
 MAX_ROWS = 10_000_000
 MAX_CSV_BYTES = 2**30
 MAX_LABEL_CHARACTERS = 100
@@ -44,8 +43,13 @@ MAX_LABEL_CHARACTERS = 100
 MAX_COLUMNS = 1000
 MAX_HEAD_BYTES = 2**16
 
-# Of one path: some patterns try every way to split it up.
+# Some patterns try every way to split a path up; others are searched in a thousandth of the second.
 GROUP_TIMEOUT_S = 1.0
+GROUP_TIMEOUT_A_PATH_S = 1e-4
+
+# A hundred characters can say to repeat what is repeated a billion times.
+MAX_PATTERN_CHARACTERS = 1000
+MAX_REPETITIONS = 1000
 
 _EMPTY = ("", "nan", "NaN")  # what pandas writes for a missing cell; "NA" and "None" are names
 _NOT_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, non-UTF-8
@@ -60,10 +64,12 @@ class Manifest:
     Attributes:
         root: Folder that relative paths start from, resolved.
         frame: `COLUMNS` first, then further columns, all as text; one row an image; never changed.
+        is_listed: Whether a CSV lists them: of class folders there are no rows to look up.
     """
 
     root: Path
     frame: pd.DataFrame
+    is_listed: bool = True
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -86,8 +92,7 @@ class Manifest:
             row: Counted from 0; shown counted from 1, or, of class folders, as the class.
         """
         cells = self.frame.iloc[row]
-        is_listed = cells["source"] != FOLDER_SOURCE
-        where = f"row {row + 1}" if is_listed else f"class {cells['label']!r}"
+        where = f"row {row + 1}" if self.is_listed else f"class {cells['label']!r}"
         return f"{posixpath.basename(cells['path'])!r:.200} in {where}"
 
     def labels(self) -> Rows:
@@ -159,7 +164,7 @@ def read_manifest(path: Path, *, group_pattern: str | None = None) -> Manifest:
     _check_splits(file, frame)
     _check_files(file, root, paths)
     further = [column for column in frame.columns if column not in COLUMNS]
-    return Manifest(root, frame[[*COLUMNS, *further]])
+    return Manifest(root, frame[[*COLUMNS, *further]], is_listed=not file.is_dir())
 
 
 def with_splits_of(manifest: Manifest, written: Path) -> Manifest:
@@ -222,8 +227,8 @@ def _class_folders(root: Path) -> pd.DataFrame:
             got = f"{len(links)} link(s) in class {links[0].parts[0]!r}"
             raise _broken(root, rule, got, remedy)
         images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-        others += [f for f in files if f.lower().endswith(OTHER_EXTENSIONS)]
         if inside.parts:
+            others += [f for f in files if f.lower().endswith(OTHER_EXTENSIONS)]
             n_images[inside.parts[0]] += len(images)
             paths += [(inside / f).as_posix() for f in images]
             continue
@@ -242,7 +247,7 @@ def _class_folders(root: Path) -> pd.DataFrame:
     paths.sort()
     _check_characters(root, paths)  # before pandas, which fails on what is not UTF-8
     labels = [path.split("/", 1)[0] for path in paths]
-    return pd.DataFrame({"path": paths, "label": labels, "source": FOLDER_SOURCE}, dtype="str")
+    return pd.DataFrame({"path": paths, "label": labels, "source": "folder"}, dtype="str")
 
 
 def _read_csv(file: Path) -> pd.DataFrame:
@@ -376,17 +381,27 @@ def _groups(file: Path, paths: list[str], group_pattern: str | None) -> list[str
     if group_pattern is None:
         return paths
     rule = "group_pattern is a regular expression with a capture group"
+    # Of each {3} and {3,5}, however they are nested.
+    counts = re.findall(r"\{(\d*)(?:,(\d*))?\}", group_pattern)
+    repetitions = math.prod(max(1, *(int(number or 1) for number in pair)) for pair in counts)
+    if len(group_pattern) > MAX_PATTERN_CHARACTERS or repetitions > MAX_REPETITIONS:
+        limits = f"up to {MAX_PATTERN_CHARACTERS} characters and {MAX_REPETITIONS} repetitions"
+        raise _broken(file, f"group_pattern has {limits}", f"{group_pattern!r:.200}", "shorten it")
     try:
         pattern = regex.compile(group_pattern)
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise _broken(file, rule, f"{group_pattern!r:.200} ({error})", "correct it") from error
     if not pattern.groups:
         remedy = "put parentheses around the part that names the group"
         raise _broken(file, rule, f"{group_pattern!r:.200}", remedy)
+    allowed_s = GROUP_TIMEOUT_S + len(paths) * GROUP_TIMEOUT_A_PATH_S
+    deadline_s = time.monotonic() + allowed_s
     try:
-        found = [pattern.search(path, timeout=GROUP_TIMEOUT_S) for path in paths]
+        found = [
+            pattern.search(path, timeout=max(1e-3, deadline_s - time.monotonic())) for path in paths
+        ]
     except TimeoutError as error:
-        rule = f"group_pattern finds a group within {GROUP_TIMEOUT_S:.0f} s"
+        rule = f"group_pattern finds all groups within {allowed_s:.0f} s"
         remedy = "repeat nothing that repeats itself, as in (a+)+"
         raise _broken(file, rule, f"{group_pattern!r:.200}", remedy) from error
     groups = [match.group(1) or "" if match else "" for match in found]

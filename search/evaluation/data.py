@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,9 @@ import pandas as pd
 from lightning_modules.data.manifest import Manifest, read_manifest, some_of
 from lightning_modules.data.pack import build_pack, default_cache_dir
 from lightning_modules.errors import InputError
-from search.sweep import Sweep
+
+if TYPE_CHECKING:  # a bundle is evaluated without Optuna, if no sweep is given
+    from search.sweep import Sweep
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,13 +51,12 @@ def read_manifest_or_sweep(path: Path | str) -> Manifest:
     sweep = sweep_at(path)
     if sweep is None:
         return read_manifest(Path(path))
-    # Imported here: a bundle is evaluated without Optuna otherwise.
     from search.data import prepare_data
 
     return prepare_data(sweep)[0]
 
 
-def sweep_at(path: Path | str) -> Sweep | None:
+def sweep_at(path: Path | str) -> "Sweep | None":
     """Return the sweep that a path or an address is of; none if it is a manifest or a folder."""
     if isinstance(path, Path) and not (path / "sweep.yaml").is_file():
         return None

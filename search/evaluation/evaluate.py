@@ -29,7 +29,7 @@ from search.evaluation.data import (
     take_test_rows,
 )
 from search.evaluation.figures import draw_evaluation
-from search.evaluation.log import Run, log_evaluation
+from search.evaluation.log import Run, log_evaluation, read_looks
 from search.evaluation.model import (
     Model,
     open_baseline,
@@ -39,7 +39,12 @@ from search.evaluation.model import (
     score_corrupted,
 )
 from search.evaluation.scores import Bootstrap, Predictions, compare, describe
-from search.study.sweep_files import LocalFiles, SweepFiles
+from search.study.sweep_files import (
+    LocalFiles,
+    ObjectFiles,
+    SweepFiles,
+    check_object_storage,
+)
 
 FORMAT = 1
 
@@ -86,6 +91,11 @@ def evaluate_bundle(
             raise InputError(f"a bundle's files are its own; {out} is a link: give another --out")
     sweep = sweep_at(data)
     files = None if sweep is None else sweep.files
+    if files is not None:
+        # What is wrong with its log should not wait for the images to be classified.
+        read_looks(files)
+        if isinstance(files, ObjectFiles):
+            check_object_storage(files.location)
     local = [files.folder] if isinstance(files, LocalFiles) else []
     for folder in (out, bundle, *([] if baseline is None else [baseline]), *local):
         _check_writable(folder)

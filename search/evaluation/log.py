@@ -58,22 +58,22 @@ def log_evaluation(folder: Path, entry: dict[str, Any], sweep: SweepFiles | None
         for files in (bundle, sweep):
             if isinstance(files, LocalFiles):
                 held.enter_context(_locked(files.folder))
-        own, of_sweep = _read(bundle), [] if sweep is None else _read(sweep)
+        own, of_sweep = read_looks(bundle), [] if sweep is None else read_looks(sweep)
         # One look may stand in both, and a baseline's is one with its rival's.
         known = {earlier.get("date") for earlier in of_sweep}
-        looks = [earlier for earlier in own if earlier.get("date") not in known]
         is_baseline = entry.get("as") == "baseline"
-        looks += [e for e in of_sweep if not (is_baseline and e.get("date") == entry["date"])]
-        dates = sorted(
-            str(earlier.get("date"))
-            for earlier in looks
-            if any(earlier.get(key) == entry[key] for key in ("manifest_digest", "images_digest"))
-        )
+        unknown = [look for look in own if look.get("date") not in known and _is_same(look, entry)]
+        looks = [
+            look
+            for look in of_sweep
+            if _is_same(look, entry) and not (is_baseline and look.get("date") == entry["date"])
+        ]
+        dates = sorted(str(look.get("date")) for look in (*unknown, *looks))
         run = Run(len(dates) + 1, len(own) + 1, tuple(dates))
         logged = {**entry, "run": run.on_these_images}
+        if sweep is not None:
+            _write(sweep, [*of_sweep, *unknown, *([] if is_baseline else [logged])])
         _write(bundle, [*own, logged])
-        if sweep is not None and not is_baseline:
-            _write(sweep, [*of_sweep, logged])
     return run
 
 
@@ -83,10 +83,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: If the log is not what was written.
     """
-    return _read(LocalFiles(str(folder)))
+    return read_looks(LocalFiles(str(folder)))
 
 
-def _read(files: SweepFiles) -> list[dict[str, Any]]:
+def read_looks(files: SweepFiles) -> list[dict[str, Any]]:
+    """Return the evaluations that a bundle, or a sweep, has logged; as `read_log`."""
     try:
         if isinstance(files, LocalFiles):
             path = files.folder / LOG_FILE
@@ -99,6 +100,9 @@ def _read(files: SweepFiles) -> list[dict[str, Any]]:
         entries = json.loads(content.decode())
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError("it is no list of evaluations")
+        if not all(isinstance(entry.get("date", ""), str) for entry in entries):
+            raise ValueError("a date is no text")
+        json.dumps(entries, ensure_ascii=False).encode()  # as it is written again
     except FileNotFoundError:
         return []
     except (ValueError, RecursionError, OSError) as error:
@@ -107,6 +111,11 @@ def _read(files: SweepFiles) -> list[dict[str, Any]]:
             f"{error!s:.200}: restore it, or export the bundle again"
         ) from error
     return entries
+
+
+def _is_same(look: dict[str, Any], entry: dict[str, Any]) -> bool:
+    """Tell whether a look was at the same test images."""
+    return any(look.get(key) == entry[key] for key in ("manifest_digest", "images_digest"))
 
 
 def _write(files: SweepFiles, entries: list[dict[str, Any]]) -> None:

@@ -128,8 +128,10 @@ def explain_images(
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RESULT_FILE).write_text(f"{text}\n", encoding="utf-8")
         folder.chmod(0o755)
-        if out.is_dir():
-            shutil.rmtree(out)
+        if is_made_anew:
+            out.rename(Path(temporary) / "earlier")
+        elif out.is_dir():
+            out.rmdir()
         shutil.move(folder, out)
     return result
 
@@ -167,7 +169,7 @@ def print_explanation(console: Console, explanation: Mapping[str, Any]) -> None:
         table.add_row(f"pointing game, {game['num_images']} phantoms", *cells, "above random")
     if table.row_count:
         console.print(table)
-    for name, verdict in explanation["verdicts"].items():
+    for name, verdict in explanation.get("verdicts", {}).items():
         console.print(f"{name}: {verdict}", soft_wrap=True)
 
 
