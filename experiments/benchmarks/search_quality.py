@@ -40,6 +40,7 @@ from ray.tune.search.optuna import OptunaSearch
 from lightning_modules.seeds import derive_seed
 from search.samplers.sampler import build_sampler
 from search.space import Float, Int, Space, from_unit, to_distributions
+from search.sweep import DataSettings, SchedulerSettings, Sweep, TrainingSettings
 
 GRACE_EPOCHS = 3
 REDUCTION_FACTOR = 3
@@ -86,12 +87,14 @@ class Problem:
     @property
     def rung_epochs(self) -> tuple[int, ...]:
         """Where Ray's ASHA stops trials, and the end."""
-        rungs = []
-        epoch = GRACE_EPOCHS
-        while epoch < self.max_epochs:
-            rungs.append(epoch)
-            epoch *= REDUCTION_FACTOR
-        return (*rungs, self.max_epochs)
+        return Sweep(
+            name="benchmark",
+            data=DataSettings(path="none"),
+            training=TrainingSettings(max_epochs=self.max_epochs),
+            scheduler=SchedulerSettings(
+                grace_period_epochs=GRACE_EPOCHS, reduction_factor=REDUCTION_FACTOR
+            ),
+        ).rung_epochs
 
 
 @functools.cache

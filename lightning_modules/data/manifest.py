@@ -226,9 +226,10 @@ def _class_folders(root: Path) -> pd.DataFrame:
             remedy = "copy the images there, or list them in a manifest.csv"
             got = f"{len(links)} link(s) in class {links[0].parts[0]!r}"
             raise _broken(root, rule, got, remedy)
-        images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+        shown = [f for f in files if not f.startswith(".")]
+        images = [f for f in shown if f.lower().endswith(EXTENSIONS)]
         if inside.parts:
-            others += [f for f in files if f.lower().endswith(OTHER_EXTENSIONS)]
+            others += [f for f in shown if f.lower().endswith(OTHER_EXTENSIONS)]
             n_images[inside.parts[0]] += len(images)
             paths += [(inside / f).as_posix() for f in images]
             continue
@@ -237,7 +238,7 @@ def _class_folders(root: Path) -> pd.DataFrame:
             rule = "images lie in one folder a class, or a manifest.csv lists them"
             got = f"{len(images)} image(s) beside {len(folders)} class folder(s)"
             raise _broken(root, rule, got, "move them, or write a manifest.csv")
-    if others := [name for name in others if not name.startswith(".")]:
+    if others:
         rule = f"images in class folders are {', '.join(EXTENSIONS)}"
         got = f"{len(others)} that are not, such as {others[0]!r:.200}"
         raise _broken(root, rule, got, "export them as PNG, or move them elsewhere")

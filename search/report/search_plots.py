@@ -73,9 +73,12 @@ def _history(
     y = metric_scale(findings, frame.y)
     better = max if findings.sweep.mode == "max" else min
     parts = [axes(frame, x, y, x_title, findings.sweep.metric)]
+    above_px, below_px = (-7, 15) if findings.sweep.mode == "max" else (15, -7)
+    labels = []
     if 0 in findings.values:
         level = y(findings.values[0])
         parts.append(line(frame.x[0], level, frame.x[1], level, "dashed"))
+        labels.append(text(frame.x[1], level + below_px, "baseline", class_="note end"))
     marks, best, so_far = [], [], None
     for place, number in places:
         value = findings.values[number]
@@ -85,12 +88,7 @@ def _history(
             leader = number
         shape, look = look_of(findings, findings.trials[number])
         marks.append(mark(x(place), y(value), look, shape=shape, key=key_of(prefix, number)))
-    parts += [steps(best, frame.x[1], "best"), *marks]
-    above_px, below_px = (-7, 15) if findings.sweep.mode == "max" else (15, -7)
-    if 0 in findings.values:  # over the marks, which it must not be lost under
-        level = y(findings.values[0])
-        parts.append(text(frame.x[1], level + below_px, "baseline", class_="note end"))
-    parts.append(
+    labels.append(
         text(
             frame.x[1],
             best[-1][1] + above_px,
@@ -98,6 +96,8 @@ def _history(
             class_="strong end",
         )
     )
+    # Over the marks, which they must not be lost under.
+    parts += [steps(best, frame.x[1], "best"), *marks, *labels]
     versus = x_title.split(",")[0]
     label = (
         f"Best {findings.sweep.metric} so far against {versus}: {short(so_far or 0)} in the end."
