@@ -28,15 +28,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "slurm.sbatch"
 DAEMONS = ("munged", "slurmctld", "slurmd")
 
-SWEEP = """
+# Many and short: some have ended when the job is preempted, and some have not, on any machine.
+NUM_TRIALS = 20
+SWEEP = f"""
 name: preempted
 metric: val_loss
-data: {phantom: {num_patients: 25, slices_per_patient: 2, image_size_px: 32}, image_size_px: 32}
+data: {{phantom: {{num_patients: 25, slices_per_patient: 2, image_size_px: 32}}, image_size_px: 32}}
 weights: random
-params: {backbone: mobilenet_v2, unfreeze_depth: 5, batch_size: 16}
-space: {lr: {low: 1.0e-4, high: 1.0e-2, log: true}}
-training: {max_epochs: 5, precision: 32-true}
-search: {num_trials: 4}
+params: {{backbone: mobilenet_v2, unfreeze_depth: 5, batch_size: 16}}
+space: {{lr: {{low: 1.0e-4, high: 1.0e-2, log: true}}}}
+training: {{max_epochs: 5, precision: 32-true}}
+search: {{num_trials: {NUM_TRIALS}}}
 scheduler: null
 """
 
@@ -248,12 +250,12 @@ def test_a_preempted_job_goes_on_by_itself_where_it_was(slurm: Slurm, tmp_path: 
     wait_until(lambda: slurm.state(urgent) == "COMPLETED", slurm, 60)
     assert slurm.state(job) in ("PENDING", "RUNNING"), "the job was sent back to the queue"
     before = read_trials(storage)
-    assert any(trial.state == "running" for trial in before), "it was preempted in mid sweep"
-    assert any(trial.state == "complete" for trial in before)
+    num_complete = sum(trial.state == "complete" for trial in before)
+    assert 0 < num_complete < NUM_TRIALS, "it was preempted in mid sweep"
 
     wait_until(lambda: check_not_failed() == "COMPLETED", slurm, 300)
     after = read_trials(storage)
-    assert [trial.state for trial in after] == ["complete"] * 4
+    assert [trial.state for trial in after] == ["complete"] * NUM_TRIALS
     for was, now in zip(before, after, strict=False):
         assert now.epochs[: len(was.epochs)] == was.epochs, "a recorded epoch is lost"
         if was.state != "running":
