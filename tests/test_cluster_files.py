@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -79,15 +80,29 @@ def test_ray_refuses_a_misspelt_key() -> None:
 
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.stem)
 def test_the_manifests_fit_kuberays_api(path: Path) -> None:
-    jsonschema.validate(read(path), kuberay_schema())
+    manifest = read(path)
+    jsonschema.validate(manifest, kuberay_schema())
+    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    check_pods(spec["headGroupSpec"]["template"])
+    for group in spec["workerGroupSpecs"]:
+        check_pods(group["template"])
 
 
-def test_the_schema_is_one_and_refuses_a_misspelt_key() -> None:
+def check_pods(template: Any) -> None:
+    """Ask Kubernetes' own schema, which knows no field that Kubernetes does not."""
+    pods = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "any"}}
+    kubernetes_validate.validate(pods | {"template": template}, "1.37", strict=True)
+
+
+def test_misspelt_keys_are_refused() -> None:
     jsonschema.Draft7Validator.check_schema(kuberay_schema())
     manifest = read(CLUSTER / "kuberay" / "raycluster.yaml")
-    spec = manifest["spec"]["workerGroupSpecs"][0]["template"]["spec"]
-    spec["containers"][0]["volumeMount"] = []
-    with pytest.raises(jsonschema.ValidationError):
+    workers = manifest["spec"]["workerGroupSpecs"][0]
+    workers["template"]["spec"]["containers"][0]["volumeMount"] = []
+    with pytest.raises(kubernetes_validate.ValidationError, match="volumeMount"):
+        check_pods(workers["template"])
+    workers["maxReplica"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
         jsonschema.validate(manifest, kuberay_schema())
 
 
