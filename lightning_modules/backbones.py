@@ -5,7 +5,7 @@ from ``classifier``.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torchvision
@@ -87,19 +87,7 @@ class Backbone(nn.Module):
         Returns:
             Shape ``(B, num_features)``, float.
         """
-        return pool(self.run(images, first_stage=0))
-
-    def run(self, activations: Tensor, *, first_stage: int) -> Tensor:
-        """Return what the last stage makes of the activations that one of the stages is given.
-
-        Args:
-            activations: Shape ``(B, C, h, w)`` or ``(B, T, D)``: the output of the stage before
-                ``first_stage``; images for 0.
-            first_stage: The stage to start from; the stages below it are left out.
-        """
-        for stage in self.stages[first_stage:]:
-            activations = stage(activations)
-        return activations
+        return pool(run_stages(self.stages, images))
 
     def torchvision_names(self) -> Iterator[tuple[str, str]]:
         """Yield (prefix in this module, prefix in torchvision's network) for each submodule."""
@@ -141,6 +129,18 @@ class PatchEmbedding(nn.Module):
         patches: Tensor = self.conv_proj(images).flatten(2).transpose(1, 2)
         class_tokens = self.class_token.expand(patches.shape[0], -1, -1)
         return torch.cat([class_tokens, patches], dim=1) + self.pos_embedding
+
+
+def run_stages(stages: Iterable[nn.Module], activations: Tensor) -> Tensor:
+    """Return what the last of some stages makes of the activations that the first is given.
+
+    Args:
+        stages: In forward order; none returns the activations.
+        activations: Shape ``(B, C, h, w)`` or ``(B, T, C)``; images for the first stage of all.
+    """
+    for stage in stages:
+        activations = stage(activations)
+    return activations
 
 
 def pool(activations: Tensor) -> Tensor:

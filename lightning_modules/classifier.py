@@ -20,7 +20,8 @@ from torchmetrics.classification import (
 
 from lightning_modules.augmentation import Views
 from lightning_modules.augmentation_settings import AugmentationSettings
-from lightning_modules.backbones import pool
+from lightning_modules.backbones import pool, run_stages
+from lightning_modules.compiled_stages import Pass
 from lightning_modules.data.datamodule import Batch, Steps
 from lightning_modules.errors import InputError
 from lightning_modules.micro_batches import MicroBatches
@@ -80,6 +81,7 @@ class ImageClassifier(pl.LightningModule):
 
     Attributes:
         micro_batches: How many images are passed at once.
+        pass_trained: Passes activations through the stages that are trained; may be compiled.
 
     References:
         Loshchilov and Hutter, AdamW, https://arxiv.org/abs/1711.05101; cosine annealing,
@@ -125,6 +127,7 @@ class ImageClassifier(pl.LightningModule):
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self.micro_batches = MicroBatches()
+        self.pass_trained: Pass = run_stages
 
         path = None if weights_path is None else Path(weights_path)
         self.backbone = initial_backbone(
@@ -223,8 +226,7 @@ class ImageClassifier(pl.LightningModule):
             blocks = list(padded.split(FROZEN_BLOCK))
         outputs = []
         for block in blocks:
-            for stage in stages:
-                block = stage(block)
+            block = run_stages(stages, block)
             outputs.append(pool(block) if is_pooled else block)
         return torch.cat(outputs)[: len(activations)]
 
@@ -236,7 +238,8 @@ class ImageClassifier(pl.LightningModule):
             kept: Shape ``(B, num_features)``: what dropout multiplies by; drawn if not given.
         """
         if self.frozen_stages < len(self.backbone.stages):
-            features = pool(self.backbone.run(features, first_stage=self.frozen_stages))
+            trained = list(self.backbone.stages[self.frozen_stages :])
+            features = pool(self.pass_trained(trained, features))
         dropped = self.dropout(features) if kept is None else features * kept
         return self.head(dropped)  # type: ignore[no-any-return]  # nn.Module: Any
 

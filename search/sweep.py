@@ -110,11 +110,14 @@ class TrainingSettings:
         max_epochs: A trial that is never stopped runs this many.
         warmup_epochs: Linear warm-up of the learning rate; fractions are fine.
         precision: ``auto`` takes bf16-mixed for a backbone if it is faster, which is measured.
+        compile: Whether ``torch.compile`` compiles the stages that are trained: once a worker,
+            backbone, and depth, in a minute or so that no forecast counts. For sweeps of hours.
     """
 
     max_epochs: int = 12
     warmup_epochs: float = 0.5
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

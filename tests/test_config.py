@@ -53,7 +53,7 @@ BAD_SETTINGS = {
     "7: 1": f"unknown key 7; known are {TOP_LEVEL}",
     "training: {max_epoch: 3}": "unknown key 'max_epoch' in training; did you mean max_epochs?",
     "training: {zzz: 3}": (
-        "unknown key 'zzz' in training; known are max_epochs, precision, warmup_epochs"
+        "unknown key 'zzz' in training; known are compile, max_epochs, precision, warmup_epochs"
     ),
     "params: {drop_out: 0}": "unknown key 'drop_out' in params; did you mean dropout?",
     "space: {droput: [0.3]}": "unknown key 'droput' in space; did you mean dropout?",

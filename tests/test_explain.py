@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_modules.attribution_tests import rank_correlations
-from lightning_modules.backbones import Backbone
+from lightning_modules.backbones import Backbone, run_stages
 from lightning_modules.bundle import FORMAT, load_bundle
 from lightning_modules.bundled_mixture import BundledMixture
 from lightning_modules.bundled_network import BundledNetwork
@@ -125,7 +125,7 @@ def test_grad_cam_of_tokens_is_that_of_the_same_cells() -> None:
 def test_a_last_stage_without_places_is_refused() -> None:
     stages = [Centred(), nn.AvgPool2d(SIZE_PX), nn.Flatten(1)]
     backbone = to_backbone(stages, 2)
-    backbone.forward = lambda given: backbone.run(given, first_stage=0)  # type: ignore[method-assign]
+    backbone.forward = lambda given: run_stages(backbone.stages, given)  # type: ignore[method-assign]
     network = BundledNetwork(backbone, nn.Linear(2, 2))
     with pytest.raises(
         InputError, match=r"last stage with height and width.*use integrated_gradients"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from measurement import provenance
 from torch import Tensor, nn
 
-from lightning_modules.backbones import Backbone, freeze_below
+from lightning_modules.backbones import Backbone, freeze_below, run_stages
 from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.data.phantom import CLASSES, render_slice
 from lightning_modules.explain import untrained_network
@@ -88,7 +88,7 @@ def train(options: argparse.Namespace) -> BundledNetwork:
         order = torch.randperm(options.images)
         for rows in order.split(BATCH_SIZE)[:steps_an_epoch]:
             taken = rows + side[rows]
-            activations = backbone.run(given[taken], first_stage=num_frozen)
+            activations = run_stages(backbone.stages[num_frozen:], given[taken])
             loss = F.cross_entropy(network.head(activations.mean(dim=(2, 3))), labels[taken])
             optimizer.zero_grad()
             loss.backward()

@@ -10,6 +10,7 @@ import ray
 import torch
 from ray import tune
 
+from lightning_modules.compiled_stages import check_compiler
 from lightning_modules.data.pack import default_cache_dir
 from lightning_modules.errors import InputError
 from lightning_modules.stages import NUM_STAGES
@@ -47,6 +48,8 @@ def check_devices(sweep: Sweep, address: str | None) -> None:
     """
     if address is not None:
         return
+    if sweep.training.compile:
+        check_compiler()
     for name, asked, there in (
         ("cpus_per_trial", sweep.resources.cpus_per_trial, os.cpu_count() or 1),
         ("gpus_per_trial", sweep.resources.gpus_per_trial or 0, torch.cuda.device_count()),

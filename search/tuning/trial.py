@@ -14,6 +14,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from ray import tune
 
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.compiled_stages import compiled_pass, num_compiled
 from lightning_modules.data.datamodule import (
     PackDataModule,
     balanced_class_weights,
@@ -148,6 +149,8 @@ def fit_trial(
         seed=config["seed"],
         view_seed=config["view_seed"],
     )
+    if sweep.training.compile:
+        module.pass_trained = compiled_pass(default_cache_dir())
     data = PackDataModule(
         run.manifest,
         run.pack,
@@ -197,7 +200,7 @@ def fit_trial(
 
 def cache_sizes() -> tuple[int, ...]:
     """Return how many entries each cache of this process has."""
-    return num_initial_backbones(), resident_images.cache_info().currsize
+    return num_initial_backbones(), resident_images.cache_info().currsize, num_compiled()
 
 
 def _joined(run: Run) -> Run:
