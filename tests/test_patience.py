@@ -168,7 +168,7 @@ def test_a_worker_waits_with_its_checkpoint_and_its_curves(
     away = Away(folder, monkeypatch)
     curves = TrialBoard(
         events=EventFolder(files, "tensorboard/00003"), name="00003", params={}, classes=("a", "b"),
-        metric="val_loss", resume=None,
+        metric="val_loss", may_end_at=(), resume=None,
     )  # fmt: skip
     away.wait()
     assert list((folder / "tensorboard" / "00003").iterdir())

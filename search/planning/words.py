@@ -21,10 +21,11 @@ def lines_of(plan: Plan) -> list[str]:
     )
     peak_bytes = max(cost.peak_bytes for cost in plan.costs.values())
     memory = f"; memory up to {_size(peak_bytes)} a trial" if peak_bytes else ""
+    compiling = "; compiling comes on top" if training.compile else ""
     return [
         f"plan    {search.num_trials} trials, {plan.num_slots} at a time; epochs "
         f"{plan.epochs.as_counts()} of {possible} possible",
-        f"        {plan.duration_s.as_times()}{_price(plan)}; an epoch takes "
+        f"        {plan.duration_s.as_times()}{_price(plan)}{compiling}; an epoch takes "
         f"{in_words(plan.epoch_s(fastest)[1])} ({_kind(fastest)}) to "
         f"{in_words(plan.epoch_s(slowest)[0])} ({_kind(slowest)})",
         f"        disk up to {_size(sum(plan.disk_bytes.values()))} ({disk}){memory}",

@@ -99,6 +99,7 @@ def train_trial(config: dict[str, Any], *, run: Run) -> None:
         params=config["params"],
         classes=run.manifest.classes,
         metric=run.sweep.metric,
+        may_end_at=run.sweep.rung_epochs,
         resume=config["resume"],
     )
     has_failed = False

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,8 @@ class TrialBoard(pl.Callback):
         params: For the HParams tab.
         classes: Names for the confusion matrix.
         metric: What the best epoch is chosen by.
+        may_end_at: The epochs after which the trial may be ended. Their curves are where they
+            belong before they are reported, since nobody may wait for them afterwards.
         resume: Where an earlier attempt got to, none if nowhere.
     """
 
@@ -62,11 +64,13 @@ class TrialBoard(pl.Callback):
         params: dict[str, Any],
         classes: tuple[str, ...],
         metric: str,
+        may_end_at: Collection[int],
         resume: dict[str, Any] | None,
     ) -> None:
         self.events = events
         self.classes = classes
         self.metric = metric
+        self.may_end_at = may_end_at
         self.best: dict[str, float] = {} if resume is None else dict(resume["best_metrics"])
         # A confusion matrix that is better than the one that was drawn last, and when that was.
         self.undrawn: tuple[npt.NDArray[np.integer], int] | None = None
@@ -100,7 +104,10 @@ class TrialBoard(pl.Callback):
         self._patiently(
             lambda: self._write_epoch(trainer, pl_module, step), reopen=lambda: self._open(step)
         )
-        self.events.publish()
+        if step in self.may_end_at:
+            self._patiently(self.events.upload)
+        else:
+            self.events.publish()
 
     def _write_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         metrics = epoch_metrics(trainer, pl_module)
