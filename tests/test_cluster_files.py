@@ -178,7 +178,7 @@ def test_the_batch_script_is_sound_bash() -> None:
 def test_the_container_is_pinned_and_runs_as_nobody_special() -> None:
     lines = (CLUSTER / "Containerfile").read_text().splitlines()
     [base] = [line for line in lines if line.startswith("FROM ")]
-    assert re.fullmatch(r"FROM python:3\.\d+\.\d+-slim-\w+", base)
+    assert re.fullmatch(r"FROM python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
     [user] = [line for line in lines if line.startswith("USER ")]
     assert user != "USER root"
     assert any(re.search(r"\buv==\d+\.\d+\.\d+", line) for line in lines)
