@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def _said(error: InputError | OSError) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="neurosweep", description=DESCRIPTION)
+    parser.add_argument(
+        "--version", action="version", version=f"neurosweep {version('neurosweep')}"
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     audit = _command(subparsers, "audit", commands.audit, "look for what is wrong with images")

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tomllib
 import urllib.error
 import zlib
 from collections.abc import Callable, Iterator
@@ -117,6 +118,16 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert (
+        capsys.readouterr().out == f"neurosweep {tomllib.loads(pyproject)['project']['version']}\n"
+    )
 
 
 def test_without_a_command_all_of_them_are_named(capsys: pytest.CaptureFixture[str]) -> None:
