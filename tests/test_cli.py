@@ -121,13 +121,12 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    path = Path(__file__).parents[1] / "pyproject.toml"
+    project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
-    assert (
-        capsys.readouterr().out == f"neurosweep {tomllib.loads(pyproject)['project']['version']}\n"
-    )
+    assert capsys.readouterr().out == f"neurosweep {project['version']}\n"
 
 
 def test_without_a_command_all_of_them_are_named(capsys: pytest.CaptureFixture[str]) -> None:
