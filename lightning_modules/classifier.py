@@ -23,6 +23,7 @@ from lightning_modules.augmentation_settings import AugmentationSettings
 from lightning_modules.backbones import pool, run_stages
 from lightning_modules.compiled_stages import Pass
 from lightning_modules.data.datamodule import Batch, Steps
+from lightning_modules.dropout import draw_kept
 from lightning_modules.errors import InputError
 from lightning_modules.micro_batches import MicroBatches
 from lightning_modules.seeds import derive_seed
@@ -235,7 +236,8 @@ class ImageClassifier(pl.LightningModule):
 
         Args:
             features: What ``frozen_features`` returns.
-            kept: Shape ``(B, num_features)``: what dropout multiplies by; drawn if not given.
+            kept: Shape ``(B, num_features)``: what dropout multiplies by; if it is not given,
+                torch's dropout draws it in training mode.
         """
         if self.frozen_stages < len(self.backbone.stages):
             trained = list(self.backbone.stages[self.frozen_stages :])
@@ -254,7 +256,7 @@ class ImageClassifier(pl.LightningModule):
         Args:
             batch: What is passed.
             whole: The batch that it is a part of, if it is: losses of parts add up to its loss.
-            kept: What dropout multiplies by; drawn if not given.
+            kept: What dropout multiplies by, see ``logits``.
         """
         logits = self.logits(self._features(batch, epoch=self.current_epoch), kept=kept)
         loss_of = functools.partial(
@@ -309,16 +311,20 @@ class ImageClassifier(pl.LightningModule):
 
     def _backward(self, batch: Batch, seed: int, optimizer: Any) -> tuple[Tensor, Tensor]:
         """Leave a step's gradients on the parameters; return its loss and logits, detached."""
-        # Dropout as a function of (seed, epoch, step), whatever drew from the generator before.
-        self._seed_dropout(seed)
+        # All that is drawn is a function of (seed, epoch, step), whatever was drawn before.
+        self._seed_generator(seed)
         optimizer.zero_grad()
         parts = self.micro_batches.parts(batch)
-        whole, kept = None, [None]
-        if len(parts) > 1:
-            ones = torch.ones(len(batch.labels), self.head.in_features, device=self.device)
-            whole, kept = batch, self.dropout(ones).tensor_split(len(parts))
+        whole = batch if len(parts) > 1 else None
+        kept = draw_kept(
+            len(batch.labels),
+            self.head.in_features,
+            p=self.dropout.p,
+            seed=seed,
+            like=self.head.weight,
+        )
         logits, losses = [], []
-        for part, part_kept in zip(parts, kept, strict=True):
+        for part, part_kept in zip(parts, kept.tensor_split(len(parts)), strict=True):
             loss, part_logits = self.loss_of(part, whole=whole, kept=part_kept)
             with torch.autocast(self.device.type, enabled=False):
                 loss.backward()
@@ -336,7 +342,7 @@ class ImageClassifier(pl.LightningModule):
         assert batch.images is not None  # noqa: S101  one of the two is there; narrows the type
         return self.frozen_features(batch.images, batch.rows, epoch=epoch)
 
-    def _seed_dropout(self, seed: int) -> None:
+    def _seed_generator(self, seed: int) -> None:
         """Set the global generator of this device alone.
 
         Where CUDA is not in use ``torch.manual_seed`` remembers every call, with its traceback, for
