@@ -23,7 +23,7 @@ from lightning_modules.augmentation_settings import AugmentationSettings
 from lightning_modules.backbones import pool, run_stages
 from lightning_modules.compiled_stages import Pass
 from lightning_modules.data.datamodule import Batch, Steps
-from lightning_modules.dropout import draw_kept
+from lightning_modules.dropout import dropout_factors
 from lightning_modules.errors import InputError
 from lightning_modules.micro_batches import MicroBatches
 from lightning_modules.seeds import derive_seed
@@ -316,7 +316,7 @@ class ImageClassifier(pl.LightningModule):
         optimizer.zero_grad()
         parts = self.micro_batches.parts(batch)
         whole = batch if len(parts) > 1 else None
-        kept = draw_kept(
+        kept = dropout_factors(
             len(batch.labels),
             self.head.in_features,
             p=self.dropout.p,

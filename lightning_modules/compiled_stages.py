@@ -14,9 +14,10 @@ from lightning_modules.errors import InputError
 
 Pass = Callable[[Sequence[nn.Module], Tensor], Tensor]
 
-# Each backbone and depth is compiled for training and for validation; torch's own limit is 8, after
-# which it compiles no more and says so only in a log.
-MAX_VARIANTS = 64
+# Graphs a process may compile. Each backbone and depth takes two to seven: for training and for
+# validation, for batches of 16 images and more, of 2 to 15, and of 1, and for each memory layout.
+# torch's own limit is 8, after which it compiles no more and says so only in a log.
+MAX_GRAPHS = 256
 
 
 @functools.cache
@@ -24,8 +25,7 @@ def compiled_pass(cache_dir: Path) -> Pass:
     """Return ``run_stages`` for ``torch.compile`` to compile when it is first called.
 
     Weights are arguments of what is compiled, so that the stages of another trial of the same
-    backbone and depth need no compiling; nor does another batch size. Compiled in this process:
-    a pool of compilers would stay beside a worker.
+    backbone and depth need no compiling.
 
     Args:
         cache_dir: Where compiled kernels are kept for other processes; not the folder in /tmp that
@@ -35,11 +35,13 @@ def compiled_pass(cache_dir: Path) -> Pass:
 
     # Importing torchvision has set the variable already.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir / "compiled")
-    config.compile_threads = 1
-    torch.compiler.config.recompile_limit = MAX_VARIANTS
     compiled = torch.compile(run_stages)
 
     def run(stages: Sequence[nn.Module], activations: Tensor) -> Tensor:
+        # torch's settings are a thread's own, and each trial has another thread.
+        torch.compiler.config.recompile_limit = MAX_GRAPHS
+        # Compiled in this process: a pool of compilers would stay beside a worker.
+        config.compile_threads = 1
         torch._dynamo.maybe_mark_dynamic(activations, 0)
         result: Tensor = compiled(list(stages), activations)
         return result

@@ -1,4 +1,4 @@
-"""What the head's dropout keeps, drawn faster than a step of the head takes."""
+"""The head's dropout, drawn faster than the rest of its step takes."""
 
 import numpy as np
 import torch
@@ -8,7 +8,9 @@ from torch.nn import functional as F
 NUM_VALUES = 2**16
 
 
-def draw_kept(num_images: int, num_features: int, *, p: float, seed: int, like: Tensor) -> Tensor:
+def dropout_factors(
+    num_images: int, num_features: int, *, p: float, seed: int, like: Tensor
+) -> Tensor:
     """Return what dropout multiplies features by: 0, or what keeps their mean.
 
     On a CPU NumPy's SFC64 draws 16 bits a feature: torch's generator takes 0.4 ms for a batch of 32
@@ -18,7 +20,7 @@ def draw_kept(num_images: int, num_features: int, *, p: float, seed: int, like: 
     Args:
         num_images: Rows.
         num_features: Columns.
-        p: Probability of 0, in [0, 1); on a CPU a multiple of 1/65,536, the nearest.
+        p: Probability of 0, in [0, 0.95]; on a CPU a multiple of 1/65,536, the nearest.
         seed: On a CPU all that decides.
         like: Whose device to be on, and whose dtype to be of.
 

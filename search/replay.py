@@ -91,7 +91,7 @@ def replay_trial(
     Nothing is taken from the node's store of features: all is computed. What it writes goes into a
     folder that is removed; the sweep is only read. On a CPU in float32 the same machine has the
     same result to the last bit; other devices, precisions, and versions of torch may round
-    otherwise.
+    otherwise, and so may compiled stages, which depend on what their process compiled before.
 
     Args:
         record: The sweep's.

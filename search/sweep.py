@@ -111,7 +111,7 @@ class TrainingSettings:
         warmup_epochs: Linear warm-up of the learning rate; fractions are fine.
         precision: ``auto`` takes bf16-mixed for a backbone if it is faster, which is measured.
         compile: Whether ``torch.compile`` compiles the stages that are trained: once a worker,
-            backbone, and depth, in a minute or so that no forecast counts. For sweeps of hours.
+            backbone, and depth, in a minute or more that no forecast counts. For sweeps of hours.
     """
 
     max_epochs: int = 12

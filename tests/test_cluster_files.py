@@ -101,8 +101,33 @@ def test_misspelt_keys_are_refused() -> None:
     workers["template"]["spec"]["containers"][0]["volumeMount"] = []
     with pytest.raises(kubernetes_validate.ValidationError, match="volumeMount"):
         check_pods(workers["template"])
-    workers["maxReplica"] = 3
+    manifest = read(CLUSTER / "kuberay" / "raycluster.yaml")
+    manifest["spec"]["workerGroupSpecs"][0]["maxReplica"] = 3
     with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
+        jsonschema.validate(manifest, kuberay_schema())
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("restartPolicy",), "Sometimes"),
+        (("tolerations", 0, "operator"), "Exist"),
+        (("volumes", 0), {"name": "shared"}),
+        (("containers", 0, "imagePullPolicy"), "never"),
+        (("containers", 0, "resources", "limits", "memory"), "4 gigs"),
+    ],
+)
+def test_values_that_kubernetes_does_not_know_are_refused(
+    place: tuple[Any, ...], value: Any
+) -> None:
+    manifest = read(CLUSTER / "kuberay" / "raycluster.yaml")
+    jsonschema.validate(manifest, kuberay_schema())
+    pod = manifest["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    *outer, last = place
+    for key in outer:
+        pod = pod[key]
+    pod[last] = value
+    with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(manifest, kuberay_schema())
 
 

@@ -253,7 +253,7 @@ def test_a_preempted_job_goes_on_by_itself_where_it_was(slurm: Slurm, tmp_path: 
     num_complete = sum(trial.state == "complete" for trial in before)
     assert 0 < num_complete < NUM_TRIALS, "it was preempted in mid sweep"
 
-    wait_until(lambda: check_not_failed() == "COMPLETED", slurm, 300)
+    wait_until(lambda: check_not_failed() == "COMPLETED", slurm, 600)
     after = read_trials(storage)
     assert [trial.state for trial in after] == ["complete"] * NUM_TRIALS
     for was, now in zip(before, after, strict=False):

@@ -3,7 +3,7 @@
     uv run python experiments/benchmarks/compiled_step.py --out compiled_step.json
 
 For each backbone and depth: steps on features of noise that lie in memory, compiled and not, in
-turn, on one thread; and what compiling takes, where nothing is in the cache of kernels. A GPU is
+turn, on one thread; and what compiling for training takes, in an empty cache of kernels. A GPU is
 used where there is one.
 """
 
@@ -98,12 +98,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = provenance("torch", "torchvision")
-    with tempfile.TemporaryDirectory() as cache:
-        rows = [
-            measure(backbone, depth, options, Path(cache))
-            for backbone in options.backbones
-            for depth in options.depths
-        ]
+    rows = []
+    for backbone in options.backbones:
+        for depth in options.depths:
+            with tempfile.TemporaryDirectory() as cache:
+                rows.append(measure(backbone, depth, options, Path(cache)))
     options.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 

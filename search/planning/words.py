@@ -21,7 +21,11 @@ def lines_of(plan: Plan) -> list[str]:
     )
     peak_bytes = max(cost.peak_bytes for cost in plan.costs.values())
     memory = f"; memory up to {_size(peak_bytes)} a trial" if peak_bytes else ""
-    compiling = "; compiling comes on top" if training.compile else ""
+    compiling = (
+        "; compiling comes on top"
+        if training.compile and any(depth for _, depth in plan.costs)
+        else ""
+    )
     return [
         f"plan    {search.num_trials} trials, {plan.num_slots} at a time; epochs "
         f"{plan.epochs.as_counts()} of {possible} possible",

@@ -185,6 +185,7 @@ def _question(sweep: Sweep, manifest: Manifest, pack: Pack) -> Question:
         images=tuple(paths[::step][:NUM_SAMPLED_IMAGES]),
         pack=pack.path,
         pack_bytes=len(paths) * pack.image_size_px**2,
+        compiles=sweep.training.compile,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lightning_modules.compiled_stages import check_compiler
 from lightning_modules.data.manifest import some_of
 from lightning_modules.data.pack import default_cache_dir
 from lightning_modules.errors import InputError
@@ -56,6 +57,7 @@ class Question:
         images: Some of them.
         pack: The images, decoded, if the node sees the driver's cache.
         pack_bytes: Its size.
+        compiles: Whether trials need a compiler.
         num_gpus: What Ray says the node has.
     """
 
@@ -66,16 +68,25 @@ class Question:
     images: tuple[str, ...]
     pack: Path
     pack_bytes: int
+    compiles: bool = False
     num_gpus: int = 0
 
 
 def look(question: Question, node_id: str) -> Survey:
-    """Look at the node that this process runs on; its code has been looked at by who called."""
+    """Look at the node that this process runs on.
+
+    Whether its code is the driver's has been looked at by who called.
+    """
     found = {
         "storage": _look_at_storage(question, node_id),
         "images": _look_at_images(question),
         "cache": _look_at_cache(question),
     }
+    if question.compiles:
+        try:
+            check_compiler()
+        except InputError as error:
+            found["code"] = Finding(text="no compiler", trouble=str(error))
     if question.num_gpus:
         found["device"] = _look_at_gpus(question.num_gpus)
     return found

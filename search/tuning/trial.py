@@ -14,7 +14,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from ray import tune
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.compiled_stages import compiled_pass, num_compiled
+from lightning_modules.compiled_stages import check_compiler, compiled_pass, num_compiled
 from lightning_modules.data.datamodule import (
     PackDataModule,
     balanced_class_weights,
@@ -151,6 +151,7 @@ def fit_trial(
         view_seed=config["view_seed"],
     )
     if sweep.training.compile:
+        check_compiler()
         module.pass_trained = compiled_pass(default_cache_dir())
     data = PackDataModule(
         run.manifest,

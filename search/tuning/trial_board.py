@@ -51,8 +51,8 @@ class TrialBoard(pl.Callback):
         params: For the HParams tab.
         classes: Names for the confusion matrix.
         metric: What the best epoch is chosen by.
-        may_end_at: The epochs after which the trial may be ended. Their curves are where they
-            belong before they are reported, since nobody may wait for them afterwards.
+        may_end_at: The epochs after which a healthy trial may be ended. Their curves are waited
+            for before they are reported, since nobody may wait for them afterwards.
         resume: Where an earlier attempt got to, none if nowhere.
     """
 
@@ -105,7 +105,7 @@ class TrialBoard(pl.Callback):
             lambda: self._write_epoch(trainer, pl_module, step), reopen=lambda: self._open(step)
         )
         if step in self.may_end_at:
-            self._patiently(self.events.upload)
+            self._upload()
         else:
             self.events.publish()
 
@@ -140,10 +140,13 @@ class TrialBoard(pl.Callback):
         status = api_pb2.STATUS_FAILURE if has_failed else api_pb2.STATUS_SUCCESS
         self.file.add_summary(_session_end(status))
         self.writer.close()
-        # Whole if they can be; a trial that has ended does not fail for them.
+        self._upload()
+        self.events.close()
+
+    def _upload(self) -> None:
+        # Whole if they can be; no trial fails for its curves.
         with contextlib.suppress(OSError):
             self._patiently(self.events.upload)
-        self.events.close()
 
 
 def _session_end(status: int) -> summary_pb2.Summary:

@@ -45,8 +45,8 @@ class Footprint:
 class Worker:
     """One worker process: remembers what it held before its trials, and notices what stays.
 
-    The first trials fill the process's caches (initial weights, images), each of which is given as
-    a number of entries; a baseline belongs to one such filling.
+    The first trials fill the process's caches (initial weights, images, compiled graphs), each of
+    which is given as a number of entries; a baseline belongs to one such filling.
     """
 
     def __init__(self) -> None:
