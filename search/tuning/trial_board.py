@@ -52,7 +52,8 @@ class TrialBoard(pl.Callback):
         classes: Names for the confusion matrix.
         metric: What the best epoch is chosen by.
         may_end_at: The epochs after which a healthy trial may be ended. Their curves are waited
-            for before they are reported, since nobody may wait for them afterwards.
+            for before they are reported, since nobody may wait for them afterwards. A storage
+            that refuses them ends the sweep, as one that refuses a checkpoint does.
         resume: Where an earlier attempt got to, none if nowhere.
     """
 
@@ -105,7 +106,7 @@ class TrialBoard(pl.Callback):
             lambda: self._write_epoch(trainer, pl_module, step), reopen=lambda: self._open(step)
         )
         if step in self.may_end_at:
-            self._upload()
+            self._patiently(self.events.upload)
         else:
             self.events.publish()
 
@@ -140,13 +141,10 @@ class TrialBoard(pl.Callback):
         status = api_pb2.STATUS_FAILURE if has_failed else api_pb2.STATUS_SUCCESS
         self.file.add_summary(_session_end(status))
         self.writer.close()
-        self._upload()
-        self.events.close()
-
-    def _upload(self) -> None:
-        # Whole if they can be; no trial fails for its curves.
+        # Whole if they can be; a trial that has ended does not fail for them.
         with contextlib.suppress(OSError):
             self._patiently(self.events.upload)
+        self.events.close()
 
 
 def _session_end(status: int) -> summary_pb2.Summary:
