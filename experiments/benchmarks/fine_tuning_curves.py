@@ -4,8 +4,8 @@
 
 Every point of a grid is trained with several seeds, to its end, by the product itself: a sweep
 whose trials are given instead of drawn. ``search_quality.py --problem fine-tuning`` searches the
-table. It can be interrupted: the same command goes on. A seed sets head, batch order, dropout, and
-augmented images.
+table. It can be interrupted: the same command goes on, or, with fewer ``--seeds``, makes a table of
+those that are there. A seed sets head, batch order, dropout, and augmented images.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from search.folder import lock
 from search.notebook import launch
 from search.results import open_sweep
 from search.study.record import Record
+from search.sweep import TrialParams
 
 GRID: dict[str, list[Any]] = {
     "unfreeze_depth": [0, 1, 2, 3, 4, 5],
     "lr": [1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2],
     "dropout": [0.1, 0.5],
 }
-NUM_SEEDS = 3
 MAX_EPOCHS = 12
 NAME = "curves"
 
@@ -57,33 +58,48 @@ def begin(storage: Path, data: Path, weights: Path) -> None:
     launch(path, data=data, weights=weights, storage=storage, set=settings)
 
 
-def train(storage: Path) -> Record:
+def train(storage: Path, num_seeds: int) -> Record:
     """Give the sweep the points that it lacks, and run what has not ended."""
+    record = Record.open(open_sweep(NAME, storage))
+    there = {(trial.params, trial.seed): trial.state for trial in record.trials()}
+    points = [*points_of(record.sweep.params, num_seeds)]
+    if all(there.get(point, "running") != "running" for point in points):
+        return record
     sweep = open_sweep(NAME, storage)
     manifest, pack = prepare_data(sweep)
     from search.tuning import tuner
 
     with lock(sweep), (record := Record.open(sweep)).being_written():
-        there = {(trial.params, trial.seed) for trial in record.trials()}
-        # Seed by seed, so that what is there early covers the grid.
-        for index, *values in itertools.product(range(NUM_SEEDS), *GRID.values()):
-            params = dataclasses.replace(sweep.params, **dict(zip(GRID, values, strict=True)))
-            seeds = (derive_seed("curves", index), derive_seed("curves, views", index))
-            if (params, seeds[0]) not in there:
-                record.add(params, seed=seeds[0], view_seed=seeds[1])
+        view_seeds = {
+            derive_seed("curves", index): derive_seed("curves, views", index)
+            for index in range(num_seeds)
+        }
+        for params, seed in points:
+            if (params, seed) not in there:
+                record.add(params, seed=seed, view_seed=view_seeds[seed])
         search = dataclasses.replace(sweep.search, num_trials=record.num_trials)
         record.sweep = dataclasses.replace(sweep, search=search)
         tuner.resume_sweep(record, manifest, pack, address=None, tell=print)
     return record
 
 
-def table_of(record: Record) -> list[Any]:
+def points_of(base: TrialParams, num_seeds: int) -> Iterator[tuple[TrialParams, int]]:
+    """Yield params and seed of each point, seed by seed: what is there early covers the grid."""
+    for index, *values in itertools.product(range(num_seeds), *GRID.values()):
+        params = dataclasses.replace(base, **dict(zip(GRID, values, strict=True)))
+        yield params, derive_seed("curves", index)
+
+
+def table_of(record: Record, num_seeds: int) -> list[Any]:
     """Return val macro-F1: depths x learning rates x dropouts x seeds x epochs.
 
     What has diverged scores 0 from there on.
     """
+    points = {*points_of(record.sweep.params, num_seeds)}
     curves = {}
     for trial in record.trials():
+        if (trial.params, trial.seed) not in points:
+            continue
         if len(trial.epochs) < MAX_EPOCHS and trial.reason != "diverged":
             sys.exit(f"{trial.name} is {trial.state} ({trial.reason}): give the same command again")
         values = [epoch.metrics["val_macro_f1"] or 0.0 for epoch in trial.epochs]
@@ -93,7 +109,7 @@ def table_of(record: Record) -> list[Any]:
     def nested(values: dict[str, Any], names: list[str]) -> list[Any]:
         if not names:
             params = dataclasses.replace(base, **values)
-            return [curves[params, derive_seed("curves", index)] for index in range(NUM_SEEDS)]
+            return [curves[params, derive_seed("curves", index)] for index in range(num_seeds)]
         first, *others = names
         return [nested({**values, first: value}, others) for value in GRID[first]]
 
@@ -103,6 +119,7 @@ def table_of(record: Record) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--storage", type=Path, required=True, help="where the sweep is kept")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "dev-mri5")
     parser.add_argument("--weights", type=Path, default=SHARED / "weights")
     parser.add_argument(
@@ -113,15 +130,15 @@ def main() -> None:
     start_s = time.monotonic()
     if not (options.storage / NAME / "sweep.yaml").is_file():
         begin(options.storage, options.data, options.weights)
-    record = train(options.storage)
+    record = train(options.storage, options.seeds)
     table = {
         **facts,
         "wall_s_of_last_run": time.monotonic() - start_s,
         "backbone": record.sweep.params.backbone,
         "image_size_px": record.sweep.data.image_size_px,
-        "num_seeds": NUM_SEEDS,
+        "num_seeds": options.seeds,
         "grid": GRID,
-        "val_macro_f1": table_of(record),
+        "val_macro_f1": table_of(record, options.seeds),
     }
     options.out.write_text(json.dumps(table) + "\n")
 
