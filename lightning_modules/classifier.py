@@ -316,13 +316,7 @@ class ImageClassifier(pl.LightningModule):
         optimizer.zero_grad()
         parts = self.micro_batches.parts(batch)
         whole = batch if len(parts) > 1 else None
-        kept = dropout_factors(
-            len(batch.labels),
-            self.head.in_features,
-            p=self.dropout.p,
-            seed=seed,
-            like=self.head.weight,
-        )
+        kept = self.draw_kept(len(batch.labels), seed)
         logits, losses = [], []
         for part, part_kept in zip(parts, kept.tensor_split(len(parts)), strict=True):
             loss, part_logits = self.loss_of(part, whole=whole, kept=part_kept)
@@ -331,6 +325,12 @@ class ImageClassifier(pl.LightningModule):
             logits.append(part_logits.detach())
             losses.append(loss.detach())
         return torch.stack(losses).sum(), torch.cat(logits)
+
+    def draw_kept(self, num_images: int, seed: int) -> Tensor:
+        """Return what the dropout of one step multiplies by, see ``dropout_factors``."""
+        return dropout_factors(
+            num_images, self.head.in_features, p=self.dropout.p, seed=seed, like=self.head.weight
+        )
 
     def _score(self, batch: Batch) -> Tensor:
         parts = self.micro_batches.parts(batch)

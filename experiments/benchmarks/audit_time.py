@@ -23,7 +23,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--image-size-px", type=int, default=128)
-    parser.add_argument("--keep", type=Path, help="draw the phantoms here, and leave them")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).with_name("results") / "audit_time.json"
     )
@@ -35,7 +34,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="audit-time-") as scratch:
         folder = Path(scratch)
-        manifest = write_phantoms(settings, options.keep or folder / "phantoms")
+        manifest = write_phantoms(settings, folder / "phantoms")
         facts = provenance("torch", "scipy", "pillow")
         cost = run_command(
             [sys.executable, "-m", "search.cli", "audit", str(manifest)],

@@ -65,7 +65,7 @@ def train(storage: Path, num_seeds: int) -> Record:
     points = [*points_of(record.sweep.params, num_seeds)]
     if all(there.get(point, "running") != "running" for point in points):
         return record
-    sweep = open_sweep(NAME, storage)
+    sweep = record.sweep
     manifest, pack = prepare_data(sweep)
     from search.tuning import tuner
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import VAL_BATCH_SIZE, Batch, PackDataModule, take_rows
-from lightning_modules.dropout import dropout_factors
 from lightning_modules.feature_cache import READ_SHARE, FeatureCache
 from lightning_modules.step_cost import CONTEXT_BYTES
 from search.study.sweep_files import SweepFiles
@@ -159,9 +158,7 @@ def _time_training(
     optimizer = module.configure_optimizers()
 
     def step() -> None:
-        num_features, like = module.head.in_features, module.head.weight
-        kept = dropout_factors(len(rows), num_features, p=params.dropout, seed=0, like=like)
-        loss, _ = module.loss_of(batch, kept=kept)
+        loss, _ = module.loss_of(batch, kept=module.draw_kept(len(rows), seed=0))
         optimizer.zero_grad()
         with torch.autocast(device.type, enabled=False):
             loss.backward()
