@@ -1,6 +1,7 @@
 """The study as the record of a sweep: what is kept in memory, what is on disk, and when."""
 
 import dataclasses
+import gc
 import sqlite3
 import tracemalloc
 from pathlib import Path
@@ -160,13 +161,19 @@ def test_memory_does_not_grow_with_what_trials_report(sweep: Sweep) -> None:
                 # 40 KiB of JSON: kept for each epoch, it would be 120 KiB a trial.
                 record.add_epoch(number, epoch_of(epoch, 1.0, "asha" * (epoch == 3), classes=120))
 
+    def grown_kib(num_trials: int) -> float:
+        gc.collect()
+        before_bytes = tracemalloc.get_traced_memory()[0]
+        run(num_trials)
+        gc.collect()
+        return (tracemalloc.get_traced_memory()[0] - before_bytes) / 1024
+
     run(5)
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    run(50)
-    grown_kib = (tracemalloc.get_traced_memory()[0] - before) / 1024
+    # What is kept is kept each time; what another thread of this process does once is not ours.
+    grown = min(grown_kib(20) for _ in range(3))
     tracemalloc.stop()
-    assert grown_kib / 50 < 4
+    assert grown / 20 < 4
 
 
 def test_a_study_at_rest_is_one_file(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

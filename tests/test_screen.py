@@ -253,7 +253,10 @@ def test_a_sweep_in_a_terminal_is_one_screen_and_then_a_table(tmp_path: Path) ->
     # Not above: this file runs itself, where there is no conftest.
     from conftest import TINY_SWEEP
 
-    (tmp_path / "sweep.yaml").write_text(TINY_SWEEP)
+    # Long enough for many redrawings, two a second, between its first epoch and its last.
+    longer = TINY_SWEEP.replace("max_epochs: 3", "max_epochs: 60")
+    longer = longer.replace("{grace_period_epochs: 1}", "null")
+    (tmp_path / "sweep.yaml").write_text(longer)
     command = [sys.executable, "-m", "search.cli", "launch", "sweep.yaml"]
     terminal = Terminal(command, 80, 24, tmp_path)
     try:
