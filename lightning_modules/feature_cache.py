@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_modules import augmentation, backbones, classifier, stages, state_dicts
+from lightning_modules import (
+    augmentation,
+    backbones,
+    classifier,
+    depthwise_convolution,
+    stages,
+    state_dicts,
+)
 from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
 from lightning_modules.data.datamodule import PackDataModule, settle, take_rows
 from lightning_modules.feature_store import Claim, FeatureStore
@@ -250,7 +257,7 @@ _COSTS: dict[tuple[str | int, ...], Cost] = {}
 @functools.cache
 def code_digest() -> str:
     """Return what changes with the code that features are a result of."""
-    modules = (augmentation, backbones, classifier, stages, state_dicts)
+    modules = (augmentation, backbones, classifier, depthwise_convolution, stages, state_dicts)
     digests = [sha256_of(Path(str(module.__file__))) for module in modules]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 

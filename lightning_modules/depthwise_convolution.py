@@ -1,0 +1,42 @@
+"""Depthwise convolutions whose gradients are fast in bfloat16 on a CPU, too."""
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+
+class DepthwiseConvolution(nn.Conv2d):
+    """Convolves each channel by itself; under a CPU's autocast its gradients are float32's.
+
+    With a stride, or a kernel larger than 3, oneDNN has no fast bfloat16 kernel for the gradient of
+    its input: that takes up to 400 times as long as in float32, and a step of MobileNetV2 longer
+    than in float32 (torch 2.15, ``experiments/benchmarks/bf16_step.py``). So where this gradient
+    will be asked for, it computes in float32, and returns what it was given in. Elsewhere, and
+    without autocast, it is ``torch.nn.Conv2d``, and its state dict is always.
+    """
+
+    @staticmethod
+    def is_meant_for(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+        """Tell whether a module is a convolution with such gradients."""
+        if not isinstance(module, nn.Conv2d) or module.groups != module.in_channels:
+            return False
+        return max(module.stride) > 1 or max(module.kernel_size) > 3
+
+    @classmethod
+    def in_place_of(cls, convolution: nn.Conv2d) -> "DepthwiseConvolution":
+        """Return one that takes over a convolution's very tensors and settings.
+
+        Nothing is drawn: building one would, and random weights after it would be others.
+        """
+        own = cls.__new__(cls)
+        own.__dict__ = convolution.__dict__
+        return own
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``(B, C, h, w)`` of ``(B, C, H, W)``, in the same precision."""
+        is_slow = input.is_cpu and input.requires_grad and torch.is_autocast_enabled("cpu")
+        if not is_slow:
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.float()).to(input.dtype)
