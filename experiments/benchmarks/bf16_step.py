@@ -1,10 +1,10 @@
-"""How much faster is a CPU's training step in bfloat16, with our depthwise convolutions and torch's?
+"""Is a CPU's step faster in bfloat16, with our depthwise convolutions and with torch's own?
 
     uv run python experiments/benchmarks/bf16_step.py --out bf16_step.json
 
 For each backbone and depth: steps of the trained stages on features of noise that lie in memory, on
 one thread, in turn: in float32, in bfloat16, and in bfloat16 with every ``DepthwiseConvolution`` as
-torch has it. Memory is allocated as workers do. It says nothing where a CPU computes in float32 alone.
+torch has it. Memory is allocated as in workers. CPUs that compute in float32 alone are left out.
 """
 
 import argparse
@@ -39,11 +39,13 @@ def stepper(side: str, backbone: str, depth: int, options: argparse.Namespace) -
     ).train()
     module.backbone.stages[: module.frozen_stages].eval()
     if side == "bf16_torch":
-        for name, convolution in list(module.named_modules()):
-            if isinstance(convolution, DepthwiseConvolution):
-                own = nn.Conv2d.__new__(nn.Conv2d)
-                own.__dict__ = convolution.__dict__
-                module.set_submodule(name, own)
+        # Frozen stages are shared between modules, and stay as they are.
+        for stage in module.backbone.stages[module.frozen_stages :]:
+            for name, convolution in list(stage.named_modules()):
+                if isinstance(convolution, DepthwiseConvolution):
+                    torchs_own = nn.Conv2d.__new__(nn.Conv2d)
+                    torchs_own.__dict__ = convolution.__dict__
+                    stage.set_submodule(name, torchs_own)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
     images = torch.randint(0, 256, (options.batch_size, 1, size_px, size_px), dtype=torch.uint8)
     labels = torch.randint(0, 5, (options.batch_size,))
@@ -98,7 +100,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if not WORKER_ENVIRONMENT.items() <= os.environ.items():  # read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WORKER_ENVIRONMENT})  # noqa: S606  this script again
+        environment = {**os.environ, **WORKER_ENVIRONMENT}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     if not computes_in_bf16(torch.device("cpu")):
         sys.exit("this CPU has no instructions for bfloat16: training takes float32 here")
     torch.set_num_threads(1)
