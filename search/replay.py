@@ -89,9 +89,9 @@ def replay_trial(
     """Run one trial from its initial weights for as many epochs as are recorded, and compare.
 
     Nothing is taken from the node's store of features: all is computed. What it writes goes into a
-    folder that is removed; the sweep is only read. On a CPU in float32 the same machine has the
-    same result to the last bit; other devices, precisions, and versions of torch may round
-    otherwise, and so may compiled stages, which depend on what their process compiled before.
+    folder that is removed; the sweep is only read. On a CPU the same machine has the same result to
+    the last bit; GPUs, other machines, and other versions of torch may round otherwise, and so may
+    compiled stages, which depend on what their process compiled before.
 
     Args:
         record: The sweep's.

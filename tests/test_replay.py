@@ -87,8 +87,11 @@ def test_tensors_are_compared_by_name_type_and_bit() -> None:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The storage of a sweep of two trials: one of depth 3, and one of features that are cached."""
-    folder = tmp_path_factory.mktemp("replay")
-    (folder / "sweep.yaml").write_text(SWEEP)
+    return launch(SWEEP, tmp_path_factory.mktemp("replay"))
+
+
+def launch(sweep: str, folder: Path) -> Path:
+    (folder / "sweep.yaml").write_text(sweep)
     main(["launch", str(folder / "sweep.yaml"), "--storage", str(folder / "sweeps")])
     return folder / "sweeps"
 
@@ -109,6 +112,15 @@ def test_a_replay_on_a_cpu_in_float32_is_equal_to_the_last_bit(
     assert f"the same file, sha256 {best.digest}" in told
     # The sweep is only read.
     assert {path: path.stat().st_mtime_ns for path in storage.rglob("*.ckpt")} == before
+
+
+@pytest.mark.slow
+def test_a_replay_on_a_cpu_in_bfloat16_is_equal_to_the_last_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = launch(SWEEP.replace("32-true", "bf16-mixed"), tmp_path)
+    main(["replay", "replayed", "0", "--storage", str(storage)])
+    assert "all as recorded, bit for bit" in capsys.readouterr().out
 
 
 @pytest.mark.slow
