@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 
 class DepthwiseConvolution(nn.Conv2d):
-    """Convolves each channel by itself; under a CPU's autocast its gradients are float32's.
+    """Convolves each channel by itself; under a CPU's autocast it trains in float32.
 
-    With a stride, or a kernel larger than 3, oneDNN has no fast bfloat16 kernel for the gradient of
-    its input: that takes up to 400 times as long as in float32, and a step of MobileNetV2 longer
-    than in float32 (torch 2.15, ``experiments/benchmarks/bf16_step.py``). So where this gradient
-    will be asked for, it computes in float32, and returns what it was given in. Elsewhere, and
-    without autocast, it is ``torch.nn.Conv2d``, and its state dict is always.
+    oneDNN has no fast bfloat16 kernel for two of its gradients: its input's where there is a
+    stride, and its weights' where the kernel is larger than 3. With them a step of MobileNetV2
+    takes longer than in float32 (torch 2.15, ``experiments/benchmarks/bf16_step.py``). So where a
+    gradient will be asked for, it computes in float32, and returns its input's precision. Elsewhere
+    (validation, frozen stages, no autocast) it computes as ``torch.nn.Conv2d`` does, whose state
+    dict it has.
     """
 
     @staticmethod
@@ -34,9 +35,11 @@ class DepthwiseConvolution(nn.Conv2d):
         return own
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``(B, C, h, w)`` of ``(B, C, H, W)``, in the same precision."""
-        is_slow = input.is_cpu and input.requires_grad and torch.is_autocast_enabled("cpu")
-        if not is_slow:
+        """Return ``(B, C, h, w)`` of ``(B, C, H, W)``."""
+        has_gradient = torch.is_grad_enabled() and (
+            input.requires_grad or self.weight.requires_grad
+        )
+        if not (has_gradient and input.is_cpu and torch.is_autocast_enabled("cpu")):
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             return super().forward(input.float()).to(input.dtype)

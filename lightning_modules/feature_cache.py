@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from lightning_modules import (
 from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
 from lightning_modules.data.datamodule import PackDataModule, settle, take_rows
 from lightning_modules.feature_store import Claim, FeatureStore
-from lightning_modules.files import sha256_of
+from lightning_modules.files import code_digest_of
 
 # Images computed at once on a GPU.
 GPU_BLOCK = 256
@@ -257,9 +256,9 @@ _COSTS: dict[tuple[str | int, ...], Cost] = {}
 @functools.cache
 def code_digest() -> str:
     """Return what changes with the code that features are a result of."""
-    modules = (augmentation, backbones, classifier, depthwise_convolution, stages, state_dicts)
-    digests = [sha256_of(Path(str(module.__file__))) for module in modules]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return code_digest_of(
+        augmentation, backbones, classifier, depthwise_convolution, stages, state_dicts
+    )
 
 
 def _block_size(device: torch.device) -> int:

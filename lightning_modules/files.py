@@ -5,6 +5,7 @@ import os
 import struct
 import uuid
 from pathlib import Path
+from types import ModuleType
 
 from lightning_modules.errors import InputError
 
@@ -41,6 +42,12 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_digest_of(*modules: ModuleType) -> str:
+    """Return what changes with the code of some modules."""
+    digests = [sha256_of(Path(str(module.__file__))) for module in modules]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def check_header(path: Path) -> None:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules import backbones as networks
+from lightning_modules import depthwise_convolution
 from lightning_modules.backbones import Backbone, freeze_below
-from lightning_modules.files import write_atomically
+from lightning_modules.files import code_digest_of, write_atomically
 
 # bf16 is taken where it is faster by this factor: less is not worth its rounding.
 BF16_PAYS = 1.15
@@ -96,8 +98,8 @@ def choose_precisions(
 ) -> dict[str, str]:
     """Return what each backbone is trained in on this device: bf16-mixed where it pays.
 
-    Measured once a device, backbone, image size, and version of torch, and kept in the cache. On
-    CPUs without instructions for bf16 there is nothing to measure.
+    Measured once a device, backbone, image size, and version of torch and of our networks, and kept
+    in the cache. On CPUs without instructions for bf16 there is nothing to measure.
 
     Args:
         backbones: Names.
@@ -111,10 +113,11 @@ def choose_precisions(
     known: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = dict(json.loads(path.read_bytes()))
+    code = code_digest_of(networks, depthwise_convolution)[:12]
     where = f"{name_of_device(device)} torch {torch.__version__} {torch.get_num_threads()} threads"
     chosen = {}
     for backbone in backbones:
-        key = f"{where} {backbone} {image_size_px} px"
+        key = f"{where} {backbone} {image_size_px} px {code}"
         if known.get(key) not in ("32-true", "bf16-mixed"):
             step_s = {
                 precision: measure_step(

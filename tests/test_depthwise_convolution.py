@@ -51,7 +51,7 @@ def test_under_autocast_its_gradients_are_those_of_float32() -> None:
 
 def test_without_a_gradient_autocast_is_as_ever() -> None:
     images = torch.randn(4, 8, 12, 12)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         ours = DepthwiseConvolution.in_place_of(strided())(images)
         theirs = strided()(images)
     assert ours.dtype == torch.bfloat16

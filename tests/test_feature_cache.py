@@ -173,7 +173,9 @@ def assert_equal_states(one: FeatureCache, other: FeatureCache) -> None:
         pytest.param("mobilenet_v2", 4, "32-true", marks=pytest.mark.slow),
         pytest.param("resnet50", 0, "32-true", marks=pytest.mark.slow),
         pytest.param("resnet50", 2, "32-true", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 0, "bf16-mixed", marks=pytest.mark.slow),
         pytest.param("mobilenet_v2", 1, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 3, "bf16-mixed", marks=pytest.mark.slow),
         pytest.param("efficientnet_b0", 1, "32-true", marks=pytest.mark.slow),
         pytest.param("vit_b_16", 0, "32-true", marks=pytest.mark.slow),
         pytest.param("vit_b_16", 1, "32-true", marks=pytest.mark.slow),
@@ -198,20 +200,24 @@ def test_cached_training_equals_uncached_training_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("backbone", "depth", "batch_size"),
+    ("backbone", "depth", "batch_size", "bf16"),
     [
-        *(("mobilenet_v2", 0, size) for size in (1, 5, 16, 21)),
-        pytest.param("vit_b_16", 2, 5, marks=pytest.mark.slow),
+        *(("mobilenet_v2", 0, size, False) for size in (1, 5, 16, 21)),
+        ("mobilenet_v2", 0, 5, True),
+        pytest.param("vit_b_16", 2, 5, False, marks=pytest.mark.slow),
     ],
 )
 def test_an_images_features_do_not_depend_on_the_batch(
-    make: Make, backbone: str, depth: int, batch_size: int
+    make: Make, backbone: str, depth: int, batch_size: int, bf16: bool
 ) -> None:
     module = make(backbone=backbone, unfreeze_depth=depth).module
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (21, 1, 32, 32), np.uint8))
     rows = torch.arange(21)
-    whole = module.frozen_features(images, rows, epoch=3)
-    parts = [module.frozen_features(images[part], part, epoch=3) for part in rows.split(batch_size)]
+    batches = rows.split(batch_size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        whole = module.frozen_features(images, rows, epoch=3)
+        parts = [module.frozen_features(images[part], part, epoch=3) for part in batches]
+    assert whole.dtype == (torch.bfloat16 if bf16 else torch.float32)
     assert torch.equal(torch.cat(parts), whole)
     assert float(whole.std()) > 0
 

@@ -60,6 +60,15 @@ def test_each_backbone_and_size_is_measured_once(
     assert len(measured) == 4
 
 
+def test_a_network_that_was_changed_is_measured_anew(
+    measured: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(tmp_path, "resnet50")
+    monkeypatch.setattr(step_cost, "code_digest_of", lambda *modules: "f" * 64)
+    choose(tmp_path, "resnet50")
+    assert len(measured) == 4
+
+
 @pytest.mark.parametrize("content", [b"", b"not json", b"[1]", b"3", b'{"a": 1}'])
 def test_a_damaged_cache_is_measured_anew(
     measured: list[tuple[str, str]], tmp_path: Path, content: bytes

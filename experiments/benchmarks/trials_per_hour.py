@@ -285,7 +285,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--image-size-px", type=int, default=96)
     parser.add_argument("--precision", default="auto", help="ours")
-    parser.add_argument("--plain-precision", default="32-true")
+    parser.add_argument(
+        "--plain-precision", default="32-true", help="plain's; on a GPU, say what ours measured"
+    )
     parser.add_argument("--concurrent", type=int, default=os.cpu_count())
     parser.add_argument("--gpus-per-trial", type=float, default=0.0)
     parser.add_argument("--plain-workers", type=int, default=0, help="of each of its DataLoaders")
