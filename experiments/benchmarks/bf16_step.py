@@ -8,6 +8,7 @@ torch has it. Memory is allocated as in workers. CPUs that compute in float32 al
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from compiled_step import STEPS_A_ROUND, stepper
 from measurement import provenance, ratio_interval, shown
 from torch import nn
 
@@ -27,48 +28,30 @@ from lightning_modules.depthwise_convolution import DepthwiseConvolution
 from lightning_modules.step_cost import computes_in_bf16
 from search.tuning.tuner import WORKER_ENVIRONMENT
 
-STEPS_A_ROUND = 10
 SIDES = ("float32", "bf16", "bf16_torch")
 
 
-def stepper(side: str, backbone: str, depth: int, options: argparse.Namespace) -> Callable:
-    """Return a function that trains for one step."""
-    size_px = options.image_size_px
+def side_stepper(side: str, backbone: str, depth: int, options: argparse.Namespace) -> Callable:
+    """Return a function that trains for one step, as one side does."""
+    bf16, size_px = side != "float32", options.image_size_px
     module = ImageClassifier(
         backbone=backbone, num_classes=5, image_size_px=size_px, unfreeze_depth=depth
-    ).train()
-    module.backbone.stages[: module.frozen_stages].eval()
+    )
     if side == "bf16_torch":
         # Frozen stages are shared between modules, and stay as they are.
-        for stage in module.backbone.stages[module.frozen_stages :]:
-            for name, convolution in list(stage.named_modules()):
-                if isinstance(convolution, DepthwiseConvolution):
-                    torchs_own = nn.Conv2d.__new__(nn.Conv2d)
-                    torchs_own.__dict__ = convolution.__dict__
-                    stage.set_submodule(name, torchs_own)
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
+        for convolution in module.backbone.stages[module.frozen_stages :].modules():
+            if isinstance(convolution, DepthwiseConvolution):
+                convolution.forward = functools.partial(nn.Conv2d.forward, convolution)
     images = torch.randint(0, 256, (options.batch_size, 1, size_px, size_px), dtype=torch.uint8)
     labels = torch.randint(0, 5, (options.batch_size,))
-
-    def autocast() -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=side != "float32")
-
-    with autocast():
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         features = module.frozen_features(images, torch.arange(options.batch_size), epoch=None)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with autocast():
-            loss = F.cross_entropy(module.logits(features), labels)
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return stepper(module, features, labels, bf16=bf16)
 
 
 def measure(backbone: str, depth: int, options: argparse.Namespace) -> dict[str, Any]:
     """Time rounds of each side in turn, at one depth."""
-    steps = {side: stepper(side, backbone, depth, options) for side in SIDES}
+    steps = {side: side_stepper(side, backbone, depth, options) for side in SIDES}
     rounds: dict[str, list[float]] = {side: [] for side in SIDES}
     for index in range(options.pairs + 1):
         for side, step in steps.items():

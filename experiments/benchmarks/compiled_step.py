@@ -27,14 +27,18 @@ from lightning_modules.compiled_stages import compiled_pass
 STEPS_A_ROUND = 10
 
 
-def stepper(module: ImageClassifier, features: torch.Tensor, labels: torch.Tensor) -> Callable:
-    """Return a function that trains for one step."""
+def stepper(
+    module: ImageClassifier, features: torch.Tensor, labels: torch.Tensor, *, bf16: bool = False
+) -> Callable:
+    """Return a function that trains for one step, in float32 or in bfloat16."""
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
     module.train()
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(module.logits(features), labels).backward()
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(module.logits(features), labels)
+        loss.backward()
         optimizer.step()
 
     return step
