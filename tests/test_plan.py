@@ -11,6 +11,7 @@ from conftest import TINY_SWEEP
 from lightning_modules.errors import InputError
 from search.cli import main
 from search.planning import simulation
+from search.planning.blind_draws import BlindDraws
 from search.planning.duration import in_words, parse_duration
 from search.planning.kind_cost import Kind, KindCost
 from search.planning.plan import fitting_num_trials, foretell, kinds_of
@@ -20,6 +21,7 @@ from search.planning.words import describe_space
 from search.results import open_sweep
 from search.space import Choice, Float, Int, Space
 from search.study.record import Record
+from search.study.recorded import Epoch
 from search.sweep import (
     DataSettings,
     SchedulerSettings,
@@ -66,6 +68,10 @@ def sweep(
     )
 
 
+def played(searched: Sweep, chosen: Setting, number: int = 0) -> Simulation:
+    return Simulation(searched, chosen, number, BlindDraws(searched))
+
+
 @pytest.fixture(autouse=True)
 def _no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "EPOCH_OVERHEAD_S", 0.0)
@@ -74,7 +80,7 @@ def _no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_trial_that_trains_everything_computes_every_epoch_anew() -> None:
     costs = {("mobilenet_v2", 5): cost(build_s=5, compute_s=1, train_s=3, val_s=1, save_s=4)}
-    outcome = Simulation(sweep(2), setting(costs, worker_start_s=7), 0).run()
+    outcome = played(sweep(2), setting(costs, worker_start_s=7)).run()
     # An epoch: 10 images x (1 + 3), 2 x (1 + 1), and 4 to save.
     assert outcome.duration_s == 7 + 2 * (5 + 3 * (40 + 4 + 4))
     assert outcome.epochs == 6
@@ -83,7 +89,7 @@ def test_a_trial_that_trains_everything_computes_every_epoch_anew() -> None:
 
 def test_features_are_computed_by_the_first_trial_at_each_epoch_and_read_by_the_next() -> None:
     costs = {("mobilenet_v2", 0): cost(compute_s=10, is_shared=True, read_s=2, feature_bytes=8)}
-    outcome = Simulation(sweep(2, depth=0), setting(costs), 0).run()
+    outcome = played(sweep(2, depth=0), setting(costs)).run()
     # First trial, an epoch: 10 images computed and written, 10 + 2; validation, 2 images, once: 24.
     first = 3 * 10 * 12 + 24 + 2 * 2 * 1  # in its other two epochs validation is read: 2 / 2 each
     second = 3 * 10 * 1 + 3 * 2 * 1
@@ -93,7 +99,7 @@ def test_features_are_computed_by_the_first_trial_at_each_epoch_and_read_by_the_
 
 def test_features_that_find_no_room_are_computed_by_every_trial() -> None:
     costs = {("mobilenet_v2", 0): cost(compute_s=10, is_shared=True, read_s=2, feature_bytes=8)}
-    outcome = Simulation(sweep(2, depth=0), setting(costs, store_bytes=0), 0).run()
+    outcome = played(sweep(2, depth=0), setting(costs, store_bytes=0)).run()
     assert outcome.duration_s == 2 * 3 * (10 + 2) * 10
     assert outcome.feature_bytes == 0
 
@@ -102,15 +108,15 @@ def test_a_deeper_cut_starts_from_the_features_of_a_shallower_one() -> None:
     deep = cost(compute_s=10, is_shared=True, feature_bytes=1)
     shallow = cost(compute_s=4, is_shared=True, feature_bytes=1)
     costs = {("mobilenet_v2", 0): deep, ("mobilenet_v2", 3): shallow}
-    played = Simulation(sweep(1, depth=0), setting(costs), 0)
-    assert played._features_s(("mobilenet_v2", 3), "train", 0, 10) == 40
-    assert played._features_s(("mobilenet_v2", 0), "train", 0, 10) == 60
+    one = played(sweep(1, depth=0), setting(costs))
+    assert one._features_s(("mobilenet_v2", 3), "train", 0, 10) == 40
+    assert one._features_s(("mobilenet_v2", 0), "train", 0, 10) == 60
 
 
 def test_as_many_slots_take_that_much_less_time() -> None:
     costs = {("mobilenet_v2", 5): cost(train_s=1)}
     durations = [
-        Simulation(sweep(6), setting(costs, num_slots=slots), 0).run().duration_s
+        played(sweep(6), setting(costs, num_slots=slots)).run().duration_s
         for slots in (1, 2, 3, 6, 12)
     ]
     assert durations == [180, 90, 60, 30, 30]
@@ -140,9 +146,7 @@ def test_a_sampler_that_learns_runs_more_epochs() -> None:
     rules = SchedulerSettings(grace_period_epochs=1, reduction_factor=3)
     learning, chance = (
         sum(
-            Simulation(
-                sweep(64, max_epochs=9, scheduler=rules, sampler=name), setting(costs), number
-            )
+            played(sweep(64, max_epochs=9, scheduler=rules, sampler=name), setting(costs), number)
             .run()
             .epochs
             for number in range(16)
@@ -150,6 +154,67 @@ def test_a_sampler_that_learns_runs_more_epochs() -> None:
         for name in ("gp", "random")
     )
     assert learning > chance
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
+def test_trials_that_no_result_decides_are_foreseen_with_their_own_params(
+    sampler: str, tmp_path: Path
+) -> None:
+    space: Space = {
+        "backbone": Choice(choices=("mobilenet_v2", "resnet50")),
+        "unfreeze_depth": Int(low=0, high=5),
+        "lr": Float(low=1e-4, high=1e-2, log=True),
+    }
+    searched = sweep(24, max_epochs=2, space=space, sampler=sampler)
+    searched = dataclasses.replace(searched, storage=str(tmp_path))
+    draws = BlindDraws(searched)
+    record = Record.create(searched, {})
+    num_foreseen = 0
+    with record.being_written():
+        record.draw()
+        for number in range(1, 24):
+            num_observed = number - 1  # all but the baseline, which runs all the time
+            drawn = record.draw()
+            foreseen = draws.params(number, num_observed)
+            num_foreseen += foreseen is not None
+            if foreseen is not None:
+                assert {name: getattr(drawn.params, name) for name in space} == foreseen
+            metrics: dict[str, float | None] = {"val_macro_f1": number / 24}
+            for epoch, stopped in ((1, ""), (2, "max_epochs")):
+                record.add_epoch(
+                    number,
+                    Epoch(
+                        epoch=epoch,
+                        metrics=metrics,
+                        confusion=[],
+                        last=None,
+                        best=None,
+                        stopped=stopped,
+                        features="",
+                        ran_on="here",
+                    ),
+                )
+    if sampler == "random":
+        assert num_foreseen == 23
+    else:
+        # Those before the model, and one in ten, or in three, after it.
+        assert 5 <= num_foreseen < 20
+
+
+@pytest.mark.parametrize("sampler", ["grid", "cma_es"])
+def test_what_a_sampler_leaves_open_is_not_foreseen(sampler: str) -> None:
+    assert BlindDraws(sweep(4, sampler=sampler)).params(1, 0) is None
+
+
+def test_a_forecast_of_known_trials_is_of_those_trials() -> None:
+    # Depth 5 takes ten times what the others take, and 16 trials at random have few or many of it.
+    space: Space = {"unfreeze_depth": Int(low=0, high=5)}
+    searched = sweep(16, max_epochs=1, space=space)
+    costs = {("mobilenet_v2", depth): cost(train_s=1 + 9 * (depth == 5)) for depth in DEPTHS}
+    draws = BlindDraws(searched)
+    depths = [5, *((draws.params(number, 0) or {})["unfreeze_depth"] for number in range(1, 16))]
+    outcome = played(searched, setting(costs), number=7).run()
+    assert outcome.duration_s == sum(100 if depth == 5 else 10 for depth in depths)
 
 
 def test_a_plan_is_the_same_every_time() -> None:

@@ -15,7 +15,7 @@ from optuna.trial import Trial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
-from search.samplers import gp_sampler
+from search.samplers.gp_sampler import RungGPSampler
 from search.samplers.sampler import SAMPLERS, build_sampler, num_grid_points
 from search.samplers.surrogate import Surrogate
 from search.space import Choice, Float, Int, Space, to_distributions
@@ -307,14 +307,14 @@ def test_a_space_of_choices_alone_is_searched(kind: str) -> None:
 
 
 def test_the_gp_repeats_nothing_before_everything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gp_sampler, "RANDOM_SHARE", 0.0)
+    monkeypatch.setattr(RungGPSampler, "random_share", 0.0)
     space: Space = {"u": Choice(choices=("a", "b", "c", "d")), "n": Int(low=1, high=3)}
     study = optuna.create_study(direction="maximize")
     tried: list[tuple[Any, ...]] = []
     while len(set(tried)) < 12:
         trial = ask(study, "gp", space)
         params = tuple(trial.params.values())
-        assert len(tried) < gp_sampler.MIN_OBSERVATIONS or params not in tried
+        assert len(tried) < RungGPSampler.min_observations or params not in tried
         tried.append(params)
         train(study, trial)
 

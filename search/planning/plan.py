@@ -10,6 +10,7 @@ import ray
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
+from search.planning.blind_draws import BlindDraws
 from search.planning.duration import in_words
 from search.planning.kind_cost import Kind, KindCost, measure_kinds
 from search.planning.simulation import Outcome, Setting, Simulation
@@ -155,7 +156,8 @@ def foretell(sweep: Sweep, setting: Setting) -> tuple[Span, Span, list[Outcome]]
     """Return the epochs and seconds that a sweep takes in many simulations, and those."""
     wanted = SIMULATED_TRIALS // sweep.search.num_trials
     count = max(MIN_SIMULATIONS, min(NUM_SIMULATIONS, wanted))
-    outcomes = [Simulation(sweep, setting, number).run() for number in range(count)]
+    draws = BlindDraws(sweep)
+    outcomes = [Simulation(sweep, setting, number, draws).run() for number in range(count)]
     rng = np.random.default_rng(derive_seed("plan speed", sweep.seed))
     speeds = np.exp(SPEED_SPREAD * rng.standard_normal(count))
     durations = [

@@ -11,6 +11,7 @@ import numpy as np
 
 from lightning_modules.seeds import derive_seed
 from lightning_modules.stages import NUM_STAGES
+from search.planning.blind_draws import BlindDraws
 from search.planning.kind_cost import Kind, KindCost
 from search.space import from_unit, to_unit
 from search.sweep import Sweep, TrialParams
@@ -77,11 +78,16 @@ class Simulation:
         sweep: Which one.
         setting: What its trials take.
         number: Of the simulation.
+        blind_draws: The sweep's; trials whose params are known beforehand get these.
     """
 
-    def __init__(self, sweep: Sweep, setting: Setting, number: int) -> None:
+    def __init__(
+        self, sweep: Sweep, setting: Setting, number: int, blind_draws: BlindDraws
+    ) -> None:
         self.sweep = sweep
         self.setting = setting
+        self._blind_draws = blind_draws
+        self._num_observed = 0
         self._rng = np.random.default_rng(derive_seed("plan", sweep.seed, number))
         self._scheduler: Any = ResumableASHA(sweep, (), setting.network_costs)
         self._most_draws = (
@@ -119,6 +125,7 @@ class Simulation:
                 break
             epochs += 1
             trial.epoch += 1
+            self._num_observed += trial.epoch == sweep.rung_epochs[0]
             result = {"epoch": trial.epoch, sweep.metric: self._value(trial)}
             action = self._scheduler.on_trial_result(None, trial, result)
             if action == "STOP" or trial.epoch >= sweep.training.max_epochs:
@@ -130,8 +137,10 @@ class Simulation:
 
     def _draw(self, number: int) -> SimpleNamespace:
         baseline = asdict(self.sweep.params)
-        if number == 0:
-            params, quality = baseline, self._quality(baseline)
+        drawn = self._blind_draws.params(number, self._num_observed) if number else {}
+        if drawn is not None:
+            params = {**baseline, **drawn}
+            quality = self._quality(params)
         else:
             share = number / self.sweep.search.num_trials
             draws = 1 + int(self._rng.random() + share * (self._most_draws - 1))

@@ -8,21 +8,16 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_modules.seeds import derive_seed
 from search.cost_levels import CostLevels
-from search.samplers.space_sampler import RungSampler, sobol_point, value_at
+from search.samplers.space_sampler import RungSampler, value_at
 from search.samplers.surrogate import Surrogate, log_expected_improvement
 from search.space import Choice, Float, Int, Space, from_unit, to_unit
 
-# Measured like the levers of the TPE in samplers/sampler.py, on the same 17 tasks. The regrets are
+# Levers, measured like the TPE's in samplers/sampler.py, on the same 17 tasks. The regrets are
 # against the best of a search with 2400 full trainings, so the benchmark's table shows less.
-MIN_OBSERVATIONS = 5  # trials before there is a model
-# Drawn as points of a Sobol sequence, without the model. At budgets of 5 and 60 the regret is 0.345
-# and 0.080 with none, 0.314 and 0.062 with a tenth, 0.368 and 0.050 with a quarter (1 seed; the
-# standard error is about 0.05 and 0.02): not more than the early budgets need.
-RANDOM_SHARE = 0.1
-# That the model holds, of some hundreds at the end of a budget of 60. 200 take up to twice the time
-# and change the regret by no more than 0.003 at any budget (1 seed).
+#
+# Values that the model holds, of some hundreds at the end of a budget of 60. 200 take up to twice
+# the time and change the regret by no more than 0.003 at any budget (1 seed).
 MAX_VALUES = 120
 NUM_FITTED = 60
 # Trials whose end is taken as seen. At budgets of 5, 10, 20, 40, 60 the regret is 0.314, 0.200,
@@ -58,6 +53,12 @@ class RungGPSampler(RungSampler):
         costs: By backbone, where there is a second objective.
     """
 
+    min_observations = 5
+    # At budgets of 5 and 60 the regret is 0.345 and 0.080 with none, 0.314 and 0.062 with a tenth,
+    # 0.368 and 0.050 with a quarter (1 seed; the standard error is about 0.05 and 0.02): not more
+    # than the early budgets need.
+    random_share = 0.1
+
     def __init__(
         self,
         *,
@@ -88,13 +89,13 @@ class RungGPSampler(RungSampler):
         """
         if not search_space:
             return {}
-        generator = np.random.default_rng(derive_seed(self._seed, self._trial_number))
-        is_random = generator.random() < RANDOM_SHARE
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         trials = [t for t in trials if t.params]
         values = self._rung_values(trials)
-        if is_random or np.isfinite(values[:, 0]).sum() < MIN_OBSERVATIONS:
-            return sobol_point(self._space, derive_seed(self._seed, "sobol"), self._trial_number)
+        blind = self.blind_point(int(np.isfinite(values[:, 0]).sum()))
+        if blind is not None:
+            return blind
+        _, generator = self._begin()
         position = self._propose(trials, values, generator)
         return {
             name: from_unit(domain, float(coordinate))

@@ -23,26 +23,13 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.samplers.gp_sampler import RungGPSampler
-from search.samplers.space_sampler import RungSampler, SpaceSampler, sobol_point, value_at
+from search.samplers.space_sampler import RungSampler, SpaceSampler, value_at
 from search.space import Choice, Space, from_unit, grid_of, to_unit
 
 SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
 
 # A model is fitted on a scratch study in memory, one for each proposal: not worth a line each.
 logging.getLogger("optuna.storages._in_memory").setLevel(logging.WARNING)
-
-# Two levers of the TPE, set by measurement on 17 of the 34 tasks of
-# experiments/benchmarks/search_quality.py; mean regret ± standard error over seeds, less is better.
-#
-# The model looks at the highest rung that so many trials have reached. Few trials that trained long
-# tell more than many that did not: at a budget of 10 full trainings 0.283 ± 0.005 with 5, 0.314 ±
-# 0.006 with 10, 0.322 ± 0.005 with 20 (30 seeds, a sixth random); 3 is no better than 5.
-MIN_OBSERVATIONS = 5
-# So many trials are drawn without the model, which otherwise stays with what it found first. BOHB's
-# own share; a budget of 60 does not tell it from less: 0.116 ± 0.007, a sixth 0.118 ± 0.006, none
-# 0.128 ± 0.009. These trials, and those before the model, are points of a Sobol sequence, which at
-# a budget of 5 gives 0.414 ± 0.007 where plain random draws give 0.445 ± 0.008.
-RANDOM_SHARE = 1 / 3
 
 
 def num_grid_points(space: Space) -> int:
@@ -127,6 +114,20 @@ class RungTPESampler(RungSampler):
     undo the gain, since early losers then decide what counts as bad.
     """
 
+    # Levers set by measurement on 17 of the 34 tasks of experiments/benchmarks/search_quality.py;
+    # mean regret ± standard error over seeds, less is better.
+    #
+    # The model looks at the highest rung that so many trials have reached. Few trials that trained
+    # long tell more than many that did not: at a budget of 10 full trainings 0.283 ± 0.005 with 5,
+    # 0.314 ± 0.006 with 10, 0.322 ± 0.005 with 20 (30 seeds, a sixth random); 3 is no better than
+    # 5.
+    min_observations = 5
+    # What is drawn without the model keeps it from staying with what it found first. BOHB's own
+    # share; a budget of 60 does not tell it from less: 0.116 ± 0.007, a sixth 0.118 ± 0.006, none
+    # 0.128 ± 0.009. These trials, and those before the model, are points of a Sobol sequence, which
+    # at a budget of 5 gives 0.414 ± 0.007 where plain random draws give 0.445 ± 0.008.
+    random_share = 1 / 3
+
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
@@ -142,12 +143,40 @@ class RungTPESampler(RungSampler):
         """
         if not search_space:
             return {}
+        observed = self._observations(study)
+        blind = self.blind_point(len(observed))
+        if blind is not None:
+            return blind
         trial_seed = derive_seed(self._seed, self._trial_number)
-        observed = _observations(study, trial.number, self._mode, self._rung_epochs)
-        is_random = np.random.default_rng(trial_seed).random() < RANDOM_SHARE
-        if observed is None or is_random:
-            return sobol_point(self._space, derive_seed(self._seed, "sobol"), self._trial_number)
         return _propose(trial_seed, observed, search_space, self._mode)
+
+    def _observations(self, study: Study) -> list[tuple[FrozenTrial, float | None]]:
+        """Collect what is known at the highest rung with enough trials.
+
+        Returns:
+            Trials and their value at the rung, None for those still running; none at all while
+            even the lowest rung has too few.
+        """
+        trials = study.get_trials(deepcopy=False)
+        trials = [t for t in trials if t.number != self._trial_number and t.params]
+        for epoch in reversed(self._rung_epochs):
+            values = {t.number: value_at(t, epoch, self._mode) for t in trials}
+            known = [value for value in values.values() if value is not None]
+            if len(known) < self.min_observations:
+                continue
+            worst = min(known) if self._mode == "max" else max(known)
+            observed: list[tuple[FrozenTrial, float | None]] = []
+            for trial in trials:
+                value = values[trial.number]
+                if value is not None:
+                    observed.append((trial, value))
+                elif trial.state == TrialState.FAIL:
+                    # Diverged: no value, but bad everywhere, so it warns at every rung.
+                    observed.append((trial, worst))
+                elif trial.state == TrialState.RUNNING:
+                    observed.append((trial, None))
+            return observed
+        return []
 
 
 class _CmaEsSampler(SpaceSampler):
@@ -244,42 +273,6 @@ class _GridSampler(SpaceSampler):
             remainder, position = divmod(remainder, len(values))
             params[name] = values[position]
         return params
-
-
-def _observations(
-    study: Study, number: int, mode: str, rung_epochs: tuple[int, ...]
-) -> list[tuple[FrozenTrial, float | None]] | None:
-    """Collect what is known at the highest rung with enough trials.
-
-    Args:
-        study: The sweep so far.
-        number: The trial to propose params for.
-        mode: "max" or "min".
-        rung_epochs: The epochs at which trials are compared, ascending.
-
-    Returns:
-        Trials and their value at the rung, None for those still running; None while even the
-        lowest rung has too few.
-    """
-    trials = [t for t in study.get_trials(deepcopy=False) if t.number != number and t.params]
-    for epoch in reversed(rung_epochs):
-        values = {t.number: value_at(t, epoch, mode) for t in trials}
-        known = [value for value in values.values() if value is not None]
-        if len(known) < MIN_OBSERVATIONS:
-            continue
-        worst = min(known) if mode == "max" else max(known)
-        observed: list[tuple[FrozenTrial, float | None]] = []
-        for trial in trials:
-            value = values[trial.number]
-            if value is not None:
-                observed.append((trial, value))
-            elif trial.state == TrialState.FAIL:
-                # Diverged: no value, but bad everywhere, so it warns at every rung.
-                observed.append((trial, worst))
-            elif trial.state == TrialState.RUNNING:
-                observed.append((trial, None))
-        return observed
-    return None
 
 
 def _propose(

@@ -1,7 +1,7 @@
 """What the samplers share: the space, Sobol points, and a trial's value at a rung."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc  # type: ignore[import-untyped]
 
 from lightning_modules.errors import InputError
+from lightning_modules.seeds import derive_seed
 from search.space import Space, from_unit, to_distributions
 
 
@@ -73,6 +74,10 @@ class RungSampler(SpaceSampler):
         rung_epochs: The epochs at which trials are compared, ascending.
     """
 
+    # Trials before there is a model, and the share of those after it that are drawn without.
+    min_observations: ClassVar[int]
+    random_share: ClassVar[float]
+
     def __init__(
         self,
         *,
@@ -87,6 +92,25 @@ class RungSampler(SpaceSampler):
         self._trial_number = trial_number
         self._mode = mode
         self._rung_epochs = rung_epochs
+
+    def blind_point(self, num_observed: int) -> dict[str, Any] | None:
+        """Return the params that the trial gets whatever the others reported.
+
+        Args:
+            num_observed: Trials that have reached the lowest rung.
+
+        Returns:
+            A point of a Sobol sequence; none if the model is asked.
+        """
+        is_random, _ = self._begin()
+        if num_observed >= self.min_observations and not is_random:
+            return None
+        return sobol_point(self._space, derive_seed(self._seed, "sobol"), self._trial_number)
+
+    def _begin(self) -> tuple[bool, np.random.Generator]:
+        """Return whether the trial is drawn at random, and where its other draws come from."""
+        generator = np.random.default_rng(derive_seed(self._seed, self._trial_number))
+        return generator.random() < self.random_share, generator
 
 
 def value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:

@@ -44,15 +44,16 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
     # Ray takes SIGTERM, to end with an exit code of its own; Ctrl-C it leaves alone.
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
-            include_dashboard=False,
-            **options,
-        )
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, on_sigterm)
+        with sigterm_blocked():
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+                include_dashboard=False,
+                **options,
+            )
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, on_sigterm)
         yield
     except KeyboardInterrupt:
         # Ray itself may have got the signal, too, and then ends this process at the first call.
@@ -67,6 +68,20 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
             ray.shutdown()
         end_processes(folder, grace_s=grace_s)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """Have what is started meanwhile, threads and processes, never see SIGTERM.
+
+    Schedulers send it to every process of a job. Ray's own would end by it, and where they end
+    first, Ray ends the driver, before that has said how to resume. Ray does so with Ctrl-C.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_processes(folder: Path, *, grace_s: float) -> None:
