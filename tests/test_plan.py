@@ -167,6 +167,7 @@ def test_trials_that_no_result_decides_are_foreseen_with_their_own_params(
     }
     searched = sweep(24, max_epochs=2, space=space, sampler=sampler)
     searched = dataclasses.replace(searched, storage=str(tmp_path))
+    searched.folder.mkdir()
     draws = BlindDraws(searched)
     record = Record.create(searched, {})
     num_foreseen = 0

@@ -16,6 +16,7 @@ from search.interruption import Interrupted, Interruption
 from search.results import open_sweep
 from search.study.record import Record
 from search.study.recorded import Trial
+from search.tuning.local_ray import processes_of
 
 SWEEP = """
 name: signalled
@@ -86,9 +87,18 @@ def test_a_signal_ends_a_sweep_within_the_grace_time_and_resume_goes_on(
     storage = tmp_path / "sweeps"
     hint = f"neurosweep resume signalled --storage {storage}"
 
-    # SIGTERM to the whole group, as Slurm sends it: Ray's own processes get it, too.
+    # To Ray's own processes alone SIGTERM means nothing: gone first, they would take the driver
+    # with them before it has said how to resume.
     driver = Driver(storage, scratch, "launch", str(tmp_path / "sweep.yaml"))
-    driver.wait_for_epochs(2)
+    driver.wait_for_epochs(0)
+    (ray_folder,) = scratch.glob("nsweep-*")
+    rays = set(processes_of(ray_folder)) - {driver.process.pid}
+    assert len(rays) > 4
+    for pid in rays:
+        os.kill(pid, signal.SIGTERM)
+    driver.wait_for_epochs(num_epochs(storage) + 2)
+
+    # To the whole group, as Slurm sends it: Ray's own processes get it, too.
     start_s = time.monotonic()
     os.killpg(driver.process.pid, signal.SIGTERM)
     output = driver.communicate()
