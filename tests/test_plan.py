@@ -14,7 +14,7 @@ from search.planning import simulation
 from search.planning.blind_draws import BlindDraws
 from search.planning.duration import in_words, parse_duration
 from search.planning.kind_cost import Kind, KindCost
-from search.planning.plan import fitting_num_trials, foretell, kinds_of
+from search.planning.plan import deal, fitting_num_trials, foretell, kinds_of
 from search.planning.simulation import Setting, Simulation
 from search.planning.span import compare_with_actual
 from search.planning.words import describe_space
@@ -175,11 +175,12 @@ def test_trials_that_no_result_decides_are_foreseen_with_their_own_params(
         record.draw()
         for number in range(1, 24):
             num_observed = number - 1  # all but the baseline, which runs all the time
-            drawn = record.draw()
+            trial = record.draw()
+            drawn = {name: getattr(trial.params, name) for name in space}
             foreseen = draws.params(number, num_observed)
             num_foreseen += foreseen is not None
-            if foreseen is not None:
-                assert {name: getattr(drawn.params, name) for name in space} == foreseen
+            # Without observations all are foreseen; what a model proposed is something else.
+            assert (drawn == draws.params(number, 0)) == (foreseen is not None)
             metrics: dict[str, float | None] = {"val_macro_f1": number / 24}
             for epoch, stopped in ((1, ""), (2, "max_epochs")):
                 record.add_epoch(
@@ -200,6 +201,35 @@ def test_trials_that_no_result_decides_are_foreseen_with_their_own_params(
     else:
         # Those before the model, and one in ten, or in three, after it.
         assert 5 <= num_foreseen < 20
+
+
+def test_a_simulated_sampler_has_observed_what_a_real_one_would_have() -> None:
+    class Asked(BlindDraws):
+        def params(self, number: int, num_observed: int) -> None:
+            asked.append((number, num_observed))
+
+    asked: list[tuple[int, int]] = []
+    # Two at a time, all alike, and each is observed at its first rung, after two of four epochs.
+    rules = SchedulerSettings(grace_period_epochs=2, reduction_factor=3)
+    searched = sweep(6, max_epochs=4, scheduler=rules, sampler="gp")
+    chosen = setting({("mobilenet_v2", 5): cost(train_s=1)}, num_slots=2)
+    Simulation(searched, chosen, 0, Asked(searched)).run()
+    assert [number for number, _ in asked] == [1, 2, 3, 4, 5]
+    # The second starts beside the baseline. One that takes a place sees the one that left it.
+    assert asked[0] == (1, 0)
+    assert all(number - 1 <= observed <= number for number, observed in asked[1:])
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 13])
+def test_kinds_are_dealt_so_that_no_worker_measures_one_backbone_alone(num_workers: int) -> None:
+    kinds = [(backbone, depth) for depth in DEPTHS for backbone in ("mobilenet_v2", "resnet50")]
+    dealt = deal(kinds, num_workers)
+    assert len(dealt) == num_workers
+    assert sorted(kind for hand in dealt for kind in hand) == sorted(kinds)
+    for hand in dealt:
+        assert [depth for _, depth in hand] == sorted(depth for _, depth in hand)
+        if len(hand) > 1:
+            assert abs(sum(1 if name == "resnet50" else -1 for name, _ in hand)) <= 1
 
 
 @pytest.mark.parametrize("sampler", ["grid", "cma_es"])

@@ -195,11 +195,14 @@ def test_a_higher_rung_overrules_a_lower_one(kind: str) -> None:
     assert distance_to((0.8, 0.8), study, kind) < 0.2
 
 
-def test_a_rung_with_too_few_trials_is_not_modelled() -> None:
+@pytest.mark.parametrize(("count", "where"), [(15, 0.2), (16, 0.8)])
+def test_tpe_models_a_higher_rung_once_enough_trials_have_reached_it(
+    count: int, where: float
+) -> None:
     study = optuna.create_study(direction="maximize")
     add_points(study, (0.2, 0.2))
-    add_points(study, (0.8, 0.8), (0.8, 0.8), count=3)
-    assert distance_to((0.2, 0.2), study) < 0.2
+    add_points(study, (0.8, 0.8), (0.8, 0.8), count=count)
+    assert distance_to((where, where), study) < 0.2
 
 
 @pytest.mark.parametrize("kind", MODELS)

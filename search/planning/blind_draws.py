@@ -3,7 +3,7 @@
 from typing import Any
 
 import optuna
-from optuna.samplers import RandomSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import TrialState, create_trial
 
 from search.samplers.sampler import build_sampler
@@ -13,10 +13,11 @@ from search.sweep import Sweep
 
 
 class BlindDraws:
-    """Asks a sweep's own sampler, as far as it needs no trial's results.
+    """Asks a sweep's own sampler, which knows beforehand what a model need not decide.
 
-    A sampler that learns begins without: in a sweep of a few trials these are most of them. What
-    ``grid`` and ``cma_es`` draw is left open.
+    A sampler that learns begins without a model: in a sweep of a few trials these are most of them.
+    Left out are ``grid``, where it would take time with the square of the number of trials, and the
+    first draws of ``cma_es``.
 
     Args:
         sweep: Which one.
@@ -29,14 +30,25 @@ class BlindDraws:
         self._drawn: dict[int, dict[str, Any]] = {}
 
     def params(self, number: int, num_observed: int) -> dict[str, Any] | None:
-        """Return what is searched of a trial's params; none if results decide.
+        """Return what is searched of a trial's params; none if it is not known beforehand.
 
         Args:
             number: The trial's; not the baseline's.
             num_observed: Trials that have reached the lowest rung.
         """
+        sampler = self._sampler(number)
+        if isinstance(sampler, RungSampler):
+            if not sampler.is_blind(num_observed):
+                return None
+        elif not isinstance(sampler, RandomSampler):
+            return None
+        if number not in self._drawn:
+            self._drawn[number] = self._draw(sampler, number)
+        return self._drawn[number]
+
+    def _sampler(self, number: int) -> BaseSampler:
         sweep = self._sweep
-        sampler = build_sampler(
+        return build_sampler(
             sweep.search.sampler,
             space=sweep.space,
             seed=sweep.seed,
@@ -44,15 +56,13 @@ class BlindDraws:
             mode=sweep.mode,
             rung_epochs=sweep.rung_epochs,
         )
+
+    def _draw(self, sampler: BaseSampler, number: int) -> dict[str, Any]:
         if isinstance(sampler, RungSampler):
-            return sampler.blind_point(num_observed)
-        if not isinstance(sampler, RandomSampler):
-            return None
-        if number not in self._drawn:
-            trial = create_trial(state=TrialState.RUNNING)
-            trial.number = number
-            self._drawn[number] = {
-                name: sampler.sample_independent(self._empty, trial, name, distribution)
-                for name, distribution in self._distributions.items()
-            }
-        return self._drawn[number]
+            return sampler.blind_point()
+        trial = create_trial(state=TrialState.RUNNING)
+        trial.number = number
+        return {
+            name: sampler.sample_independent(self._empty, trial, name, distribution)
+            for name, distribution in self._distributions.items()
+        }

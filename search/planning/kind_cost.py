@@ -102,7 +102,7 @@ def _measure_kind(run: Run, kind: Kind) -> KindCost:
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         compute_s, cost = _time_features(run, module, data, params)
         train_s, optimizer = _time_training(module, data, params, device)
-        val_s = _time_validation(module, data, params, device)
+        val_s = _time_validation(module, data, device)
     save_s, best_bytes, last_bytes = _time_checkpoints(module, optimizer, sweep.files)
     pays = cost is not None and cost.compute_s * READ_SHARE >= cost.round_trip_s
     return KindCost(
@@ -167,12 +167,8 @@ def _time_training(
     return _time(step, device) / len(rows), optimizer
 
 
-def _time_validation(
-    module: ImageClassifier, data: PackDataModule, params: TrialParams, device: torch.device
-) -> float:
-    # Validation's own batches are larger; on a CPU an image takes as long in these.
-    size = VAL_BATCH_SIZE if device.type == "cuda" else params.batch_size
-    rows = data.rows["val"][:size]
+def _time_validation(module: ImageClassifier, data: PackDataModule, device: torch.device) -> float:
+    rows = data.rows["val"][:VAL_BATCH_SIZE]
     module.eval()
     with torch.no_grad():
         features = _features(module, data, rows, epoch=None)

@@ -114,17 +114,17 @@ class RungTPESampler(RungSampler):
     undo the gain, since early losers then decide what counts as bad.
     """
 
-    # Levers set by measurement on 17 of the 34 tasks of experiments/benchmarks/search_quality.py;
-    # mean regret ± standard error over seeds, less is better.
+    # Levers set by measurement on 17 of the 34 tasks of experiments/benchmarks/search_quality.py,
+    # the second on our own table, too; mean regret ± standard error over seeds, less is better.
     #
     # The model begins with so many trials at the lowest rung: at a budget of 10 full trainings
     # 0.283 ± 0.005 with 5, 0.314 ± 0.006 with 10, 0.322 ± 0.005 with 20 (30 seeds, a sixth random);
     # 3 is no better than 5.
     min_observations = 5
-    # Then it looks at the highest rung that so many have reached. Where curves are smooth, few that
-    # trained long tell as much as many that did not: at a budget of 60 0.150 with 5, 0.142 with 12,
-    # 0.136 with 16, 0.176 with 20 (± 0.024, 2 seeds). Where they are noisy, luck decides among few:
-    # on our own table 0.337 with 5, 0.265 ± 0.019 with 16, 0.221 ± 0.024 with 20.
+    # Then it looks at the highest rung that so many have reached. Where curves are smooth, it
+    # hardly matters how many: at a budget of 60 0.150 with 5, 0.142 with 12, 0.136 with 16, 0.176
+    # with 20 (± 0.024, 2 seeds). Where they are noisy, luck decides among few: on our own table
+    # 0.337 with 5, 0.265 ± 0.019 with 16 (80 seeds), 0.221 ± 0.024 with 20 (48).
     min_higher = 16
     # What is drawn without the model keeps it from staying with what it found first. BOHB's own
     # share; a budget of 60 does not tell it from less: 0.116 ± 0.007, a sixth 0.118 ± 0.006, none
@@ -147,41 +147,35 @@ class RungTPESampler(RungSampler):
         """
         if not search_space:
             return {}
-        observed = self._observations(study)
-        blind = self.blind_point(len(observed))
-        if blind is not None:
-            return blind
-        trial_seed = derive_seed(self._seed, self._trial_number)
-        return _propose(trial_seed, observed, search_space, self._mode)
-
-    def _observations(self, study: Study) -> list[tuple[FrozenTrial, float | None]]:
-        """Collect what is known at the highest rung with enough trials, or at the lowest.
-
-        Returns:
-            Trials and their value at the rung, None for those still running; none at all while
-            even the lowest rung has too few.
-        """
         trials = study.get_trials(deepcopy=False)
         trials = [t for t in trials if t.number != self._trial_number and t.params]
-        for epoch in reversed(self._rung_epochs):
-            values = {t.number: value_at(t, epoch, self._mode) for t in trials}
-            known = [value for value in values.values() if value is not None]
-            is_lowest = epoch == self._rung_epochs[0]
-            if len(known) < (self.min_observations if is_lowest else self.min_higher):
-                continue
-            worst = min(known) if self._mode == "max" else max(known)
-            observed: list[tuple[FrozenTrial, float | None]] = []
-            for trial in trials:
-                value = values[trial.number]
-                if value is not None:
-                    observed.append((trial, value))
-                elif trial.state == TrialState.FAIL:
-                    # Diverged: no value, but bad everywhere, so it warns at every rung.
-                    observed.append((trial, worst))
-                elif trial.state == TrialState.RUNNING:
-                    observed.append((trial, None))
-            return observed
-        return []
+        by_rung = [
+            [value_at(trial, epoch, self._mode) for trial in trials] for epoch in self._rung_epochs
+        ]
+        num_known = [sum(value is not None for value in values) for values in by_rung]
+        if self.is_blind(num_known[0]):
+            return self.blind_point()
+        rung = max(r for r, known in enumerate(num_known) if r == 0 or known >= self.min_higher)
+        trial_seed = derive_seed(self._seed, self._trial_number)
+        observed = self._observations(trials, by_rung[rung])
+        return _propose(trial_seed, observed, search_space, self._mode)
+
+    def _observations(
+        self, trials: Sequence[FrozenTrial], values: Sequence[float | None]
+    ) -> list[tuple[FrozenTrial, float | None]]:
+        """Return what is known at a rung: trials and their value, None for those still running."""
+        known = [value for value in values if value is not None]
+        worst = min(known) if self._mode == "max" else max(known)
+        observed: list[tuple[FrozenTrial, float | None]] = []
+        for trial, value in zip(trials, values, strict=True):
+            if value is not None:
+                observed.append((trial, value))
+            elif trial.state == TrialState.FAIL:
+                # Diverged: no value, but bad everywhere, so it warns at every rung.
+                observed.append((trial, worst))
+            elif trial.state == TrialState.RUNNING:
+                observed.append((trial, None))
+        return observed
 
 
 class _CmaEsSampler(SpaceSampler):

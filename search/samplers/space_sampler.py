@@ -93,21 +93,20 @@ class RungSampler(SpaceSampler):
         self._mode = mode
         self._rung_epochs = rung_epochs
 
-    def blind_point(self, num_observed: int) -> dict[str, Any] | None:
-        """Return the params that the trial gets whatever the others reported.
+    def is_blind(self, num_observed: int) -> bool:
+        """Return whether the trial gets its params whatever the others reported.
 
         Args:
             num_observed: Trials that have reached the lowest rung.
-
-        Returns:
-            A point of a Sobol sequence; none if the model is asked.
         """
-        is_random, _ = self._begin()
-        if num_observed >= self.min_observations and not is_random:
-            return None
+        is_random, _ = self._own_draws()
+        return is_random or num_observed < self.min_observations
+
+    def blind_point(self) -> dict[str, Any]:
+        """Return the params of a trial that is drawn without the model: a Sobol sequence's."""
         return sobol_point(self._space, derive_seed(self._seed, "sobol"), self._trial_number)
 
-    def _begin(self) -> tuple[bool, np.random.Generator]:
+    def _own_draws(self) -> tuple[bool, np.random.Generator]:
         """Return whether the trial is drawn at random, and where its other draws come from."""
         generator = np.random.default_rng(derive_seed(self._seed, self._trial_number))
         return generator.random() < self.random_share, generator

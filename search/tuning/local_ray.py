@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -37,10 +38,8 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="nsweep-", dir=above))
     is_interrupted = False
     in_main_thread = threading.current_thread() is threading.main_thread()
-    # Ray takes SIGTERM, to end with an exit code of its own; Ctrl-C it leaves alone.
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        with sigterm_blocked():
+        with _own_sigterm_handler(), _sigterm_blocked():
             ray.init(
                 address="local",
                 _node_ip_address="127.0.0.1",
@@ -48,11 +47,9 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
                 include_dashboard=False,
                 **options,
             )
-            if in_main_thread:
-                signal.signal(signal.SIGTERM, on_sigterm)
         yield
     except KeyboardInterrupt:
-        # Ray itself may have got the signal, too, and then ends this process at the first call.
+        # Nothing of Ray is needed any more, and taking leave of it takes time.
         is_interrupted = True
         if in_main_thread:
             # It takes a moment, in which another signal would leave half of it behind.
@@ -60,20 +57,47 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
                 signal.signal(number, signal.SIG_IGN)
         raise
     finally:
-        if not is_interrupted:
-            _kill_where_ray_would_terminate()
-            ray.shutdown()
-        end_processes(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            if not is_interrupted:
+                _kill_where_ray_would_terminate()
+                ray.shutdown()
+        finally:
+            end_processes(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def sigterm_blocked() -> Iterator[None]:
+def _own_sigterm_handler() -> Iterator[None]:
+    """Give SIGTERM back to the handler that Ray puts its own in place of.
+
+    Ray's ends the process with an exit code of its own, also while it starts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
     """Have what is started meanwhile, threads and processes, never see SIGTERM.
 
     Schedulers send it to every process of a job. Ray's own would end by it, and where they end
-    first, Ray ends the driver, before that has said how to resume. Ray does so with Ctrl-C.
+    first, Ray ends the driver, before that has said how to resume. From Ctrl-C Ray shields them
+    itself.
     """
+    if sys.platform != "linux":
+        # There Ray has a process that ends the others by SIGTERM once the driver is gone.
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -82,7 +106,7 @@ def sigterm_blocked() -> Iterator[None]:
 
 
 def _kill_where_ray_would_terminate() -> None:
-    """Spare ``ray.shutdown`` a second for each process, which do not see SIGTERM."""
+    """Spare ``ray.shutdown`` a second of waiting for each process, none of which sees SIGTERM."""
     # Ray's own list has no public name; if it moves, the end takes that much longer.
     with contextlib.suppress(AttributeError):
         node: Any = ray._private.worker._global_node
