@@ -121,10 +121,10 @@ class RungTPESampler(RungSampler):
     # 0.283 ± 0.005 with 5, 0.314 ± 0.006 with 10, 0.322 ± 0.005 with 20 (30 seeds, a sixth random);
     # 3 is no better than 5.
     min_observations = 5
-    # Then it looks at the highest rung that so many have reached. Where curves are smooth, it
-    # hardly matters how many: at a budget of 60 0.150 with 5, 0.142 with 12, 0.136 with 16, 0.176
-    # with 20 (± 0.024, 2 seeds). Where they are noisy, luck decides among few: on our own table
-    # 0.337 with 5, 0.265 ± 0.019 with 16 (80 seeds), 0.221 ± 0.024 with 20 (48).
+    # Then it looks at the highest rung that so many have reached. On smooth curves fewer would do:
+    # at budgets of 10 and 60 0.330 and 0.153 with 5, 0.374 and 0.160 with 16 (all tasks, 5 seeds).
+    # Where they are noisy, as fine-tuning's are, luck decides among few: on our own table 0.523 and
+    # 0.337 with 5, 0.489 and 0.265 with 16 (80 seeds).
     min_higher = 16
     # What is drawn without the model keeps it from staying with what it found first. BOHB's own
     # share; a budget of 60 does not tell it from less: 0.116 ± 0.007, a sixth 0.118 ± 0.006, none
