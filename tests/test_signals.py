@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,11 +52,14 @@ class Driver:
         )
 
     def wait_for_epochs(self, more_than: int) -> None:
+        self.wait_until(lambda: num_epochs(self.storage) > more_than, every_s=0.2)
+
+    def wait_until(self, is_so: Callable[[], object], *, every_s: float) -> None:
         deadline_s = time.monotonic() + 300
-        while num_epochs(self.storage) <= more_than:
+        while not is_so():
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < deadline_s, "the sweep does not get on"
-            time.sleep(0.2)
+            time.sleep(every_s)
 
     def communicate(self) -> str:
         return self.process.communicate(timeout=2 * GRACE_S)[0]
@@ -138,11 +141,8 @@ def test_a_signal_while_ray_starts_ends_the_command_as_at_any_other_time(
 ) -> None:
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     driver = Driver(tmp_path / "sweeps", scratch, "launch", str(tmp_path / "sweep.yaml"))
-    deadline_s = time.monotonic() + 300
-    while not list(scratch.glob("nsweep-*/session_*/logs/gcs_server.*")):
-        assert driver.process.poll() is None, driver.process.communicate()[0]
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+    logs = "nsweep-*/session_*/logs/gcs_server.*"
+    driver.wait_until(lambda: list(scratch.glob(logs)), every_s=0.02)
     # Ray's own handler is there by now, and none of its processes is of use yet.
     os.kill(driver.process.pid, signal.SIGTERM)
     output = driver.communicate()

@@ -3,10 +3,9 @@
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler
-from optuna.trial import TrialState, create_trial
+from optuna.samplers import RandomSampler
 
-from search.samplers.sampler import build_sampler
+from search.samplers.sampler import build_sampler, draw_params
 from search.samplers.space_sampler import RungSampler
 from search.space import to_distributions
 from search.sweep import Sweep
@@ -36,19 +35,8 @@ class BlindDraws:
             number: The trial's; not the baseline's.
             num_observed: Trials that have reached the lowest rung.
         """
-        sampler = self._sampler(number)
-        if isinstance(sampler, RungSampler):
-            if not sampler.is_blind(num_observed):
-                return None
-        elif not isinstance(sampler, RandomSampler):
-            return None
-        if number not in self._drawn:
-            self._drawn[number] = self._draw(sampler, number)
-        return self._drawn[number]
-
-    def _sampler(self, number: int) -> BaseSampler:
         sweep = self._sweep
-        return build_sampler(
+        sampler = build_sampler(
             sweep.search.sampler,
             space=sweep.space,
             seed=sweep.seed,
@@ -56,13 +44,11 @@ class BlindDraws:
             mode=sweep.mode,
             rung_epochs=sweep.rung_epochs,
         )
-
-    def _draw(self, sampler: BaseSampler, number: int) -> dict[str, Any]:
         if isinstance(sampler, RungSampler):
-            return sampler.blind_point()
-        trial = create_trial(state=TrialState.RUNNING)
-        trial.number = number
-        return {
-            name: sampler.sample_independent(self._empty, trial, name, distribution)
-            for name, distribution in self._distributions.items()
-        }
+            if not sampler.is_blind(num_observed):
+                return None
+        elif not isinstance(sampler, RandomSampler):
+            return None
+        if number not in self._drawn:
+            self._drawn[number] = draw_params(sampler, self._empty, number, self._distributions)
+        return self._drawn[number]

@@ -210,17 +210,14 @@ def _measure(run: Run, whole: Mapping[str, float]) -> tuple[dict[Kind, KindCost]
 
 
 def deal(kinds: Sequence[Kind], count: int) -> list[list[Kind]]:
-    """Deal kinds out in turn, back and forth: else one worker would get the slower backbone.
+    """Deal kinds out so that each worker gets as much of the slower backbone, shallow ones first.
 
     Example:
         >>> deal([("a", 0), ("b", 0), ("a", 1), ("b", 1)], 2)
-        [[('a', 0), ('b', 1)], [('b', 0), ('a', 1)]]
+        [[('a', 0), ('b', 0)], [('a', 1), ('b', 1)]]
     """
-    dealt: list[list[Kind]] = [[] for _ in range(count)]
-    for place, kind in enumerate(kinds):
-        turn, seat = divmod(place, count)
-        dealt[seat if turn % 2 == 0 else count - 1 - seat].append(kind)
-    return dealt
+    by_backbone = sorted(kinds)
+    return [sorted(by_backbone[i::count], key=lambda kind: kind[1]) for i in range(count)]
 
 
 def _answer(run: Run, kinds: Sequence[Kind]) -> tuple[float, dict[Kind, KindCost]]:

@@ -9,7 +9,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.cost_levels import CostLevels
-from search.samplers.space_sampler import RungSampler, value_at
+from search.samplers.space_sampler import RungSampler, others_of, value_at
 from search.samplers.surrogate import Surrogate, log_expected_improvement
 from search.space import Choice, Float, Int, Space, from_unit, to_unit
 
@@ -89,8 +89,7 @@ class RungGPSampler(RungSampler):
         """
         if not search_space:
             return {}
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        trials = [t for t in trials if t.params]
+        trials = others_of(study, trial)
         values = self._rung_values(trials)
         if self.is_blind(int(np.isfinite(values[:, 0]).sum())):
             return self.blind_point()

@@ -18,12 +18,12 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.samplers.gp_sampler import RungGPSampler
-from search.samplers.space_sampler import RungSampler, SpaceSampler, value_at
+from search.samplers.space_sampler import RungSampler, SpaceSampler, others_of, value_at
 from search.space import Choice, Space, from_unit, grid_of, to_unit
 
 SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
@@ -103,6 +103,32 @@ def build_sampler(
             )
 
 
+def draw_params(
+    sampler: BaseSampler,
+    study: Study,
+    trial_number: int,
+    distributions: dict[str, BaseDistribution],
+) -> dict[str, Any]:
+    """Ask a sampler without creating a trial: `study.ask` commits param by param.
+
+    Args:
+        sampler: The trial's.
+        study: The trials so far.
+        trial_number: The number of the trial in the study.
+        distributions: The distribution of each parameter.
+
+    Returns:
+        The value of each parameter.
+    """
+    stand_in = create_trial(state=TrialState.RUNNING)
+    stand_in.number = trial_number
+    drawn = dict(sampler.sample_relative(study, stand_in, distributions))
+    for name, distribution in distributions.items():
+        if name not in drawn:
+            drawn[name] = sampler.sample_independent(study, stand_in, name, distribution)
+    return drawn
+
+
 class RungTPESampler(RungSampler):
     """TPE with a model of its own for each rung of ASHA, after BOHB.
 
@@ -147,8 +173,7 @@ class RungTPESampler(RungSampler):
         """
         if not search_space:
             return {}
-        trials = study.get_trials(deepcopy=False)
-        trials = [t for t in trials if t.number != self._trial_number and t.params]
+        trials = others_of(study, trial)
         by_rung = [
             [value_at(trial, epoch, self._mode) for trial in trials] for epoch in self._rung_epochs
         ]
@@ -291,9 +316,7 @@ def _propose(
         state = TrialState.RUNNING if value is None else TrialState.COMPLETE
         params = {name: trial.params[name] for name in distributions}
         scratch.add_trial(
-            optuna.trial.create_trial(
-                state=state, value=value, params=params, distributions=distributions
-            )
+            create_trial(state=state, value=value, params=params, distributions=distributions)
         )
     return scratch.ask(distributions).params
 

@@ -112,6 +112,12 @@ class RungSampler(SpaceSampler):
         return generator.random() < self.random_share, generator
 
 
+def others_of(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    """Return a study's other trials, as far as they have params."""
+    trials = study.get_trials(deepcopy=False)
+    return [other for other in trials if other.number != trial.number and other.params]
+
+
 def value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
     """Return a trial's best value up to an epoch.
 

@@ -19,11 +19,11 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
-from search.samplers.sampler import build_sampler
+from search.samplers.sampler import build_sampler, draw_params
 from search.space import to_distributions
 from search.study.integrity import check_consistency
 from search.study.reading import STATES, Facts, read_facts, read_trial, reading
@@ -220,7 +220,6 @@ class Record:
         )
 
     def _sample(self, number: int) -> dict[str, Any]:
-        """Ask the sampler without creating a trial: `study.ask` commits param by param."""
         sampler = build_sampler(
             self.sweep.search.sampler,
             space=self.sweep.space,
@@ -230,13 +229,7 @@ class Record:
             rung_epochs=self.sweep.rung_epochs,
             costs=self.costs,
         )
-        stand_in = create_trial(state=TrialState.RUNNING)
-        stand_in.number = number
-        drawn = dict(sampler.sample_relative(self._study, stand_in, self._distributions))
-        for name, distribution in self._distributions.items():
-            if name not in drawn:
-                drawn[name] = sampler.sample_independent(self._study, stand_in, name, distribution)
-        return drawn
+        return draw_params(sampler, self._study, number, self._distributions)
 
     def restart(self, number: int) -> Trial:
         """Record that an unfinished trial is started once more."""
