@@ -1,6 +1,7 @@
 """The command line: what the user types, and how a command ends."""
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -11,10 +12,26 @@ from typing import Any
 
 from lightning_modules.errors import InputError, printable
 from search import commands
+from search.garbage import collect_rarely
 from search.interruption import Interrupted, Interruption
 from search.tuning.faults import AlikeFailuresError
 
 DESCRIPTION = "Hyperparameter search for transfer learning on brain MRI."
+
+
+def run_and_exit() -> None:
+    """Be the process that runs the command, quick to begin and to end; exit as `main` says."""
+    collect_rarely()
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    with contextlib.suppress(BrokenPipeError):  # whoever was reading went away
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Unloading torch takes seconds, in which Ray would look for what was ended.
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,13 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.debug:
             raise
         print("neurosweep: interrupted", file=sys.stderr)
-        code = error.exit_code if isinstance(error, Interrupted) else 130
-        if arguments is None:
-            # At once: unloading torch takes seconds, and Ray would look for what was ended.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+        sys.exit(error.exit_code if isinstance(error, Interrupted) else 130)
 
 
 def _said(error: InputError | OSError) -> str:
@@ -357,4 +368,4 @@ def _index(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit()

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 MakeData = Callable[..., tuple[Manifest, Pack]]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave soaks out, also of `-m ""`, unless they are asked for by name."""
+    if "soak" in config.option.markexpr:
+        return
+    soaks = [item for item in items if item.get_closest_marker("soak")]
+    config.hook.pytest_deselected(items=soaks)
+    items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tensors are tiny here: on a shared machine, threads that wait for each other only spin."""

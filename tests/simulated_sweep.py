@@ -96,4 +96,9 @@ def main(folder: Path, address: str, bad_host: str = "") -> None:
 
 
 if __name__ == "__main__":
+    from search.garbage import collect_rarely
+
+    collect_rarely()
     main(Path(sys.argv[1]), *sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(0)  # as the command does

@@ -579,10 +579,7 @@ def test_a_sweep_on_servers_that_fail_ends_as_one_in_a_folder_that_is_left_alone
         path = tmp_path / "sweep.yaml"
         path.write_text(SWEEP + f"weights: {{mobilenet_v2: {weights}}}\n")
         launch = ["launch", str(path), "--storage"]
-        code, text = Run([*launch, str(tmp_path / "sweeps")], tmp_path / "folder.log").end()
-        assert code == 0, text
-        left_alone = Record.open(open_sweep("stored", tmp_path / "sweeps")).trials()
-        total = sum(len(trial.epochs) for trial in left_alone)
+        in_a_folder = Run([*launch, str(tmp_path / "sweeps")], tmp_path / "folder.log")
 
         # The storage's key is withdrawn: one line, and no trial is blamed.
         run = Run(
@@ -606,6 +603,11 @@ def test_a_sweep_on_servers_that_fail_ends_as_one_in_a_folder_that_is_left_alone
         record = Record.open(open_sweep("stored", "s3://bucket/sweeps"))
         assert [t.state for t in record.trials()][-1] == "running"
         assert not [t for t in record.trials() if t.state == "failed"]
+
+        code, text = in_a_folder.end()
+        assert code == 0, text
+        left_alone = Record.open(open_sweep("stored", tmp_path / "sweeps")).trials()
+        total = sum(len(trial.epochs) for trial in left_alone)
 
         # From here on, on another machine: no weights, no cache. Then that is killed.
         weights.unlink()

@@ -208,14 +208,17 @@ def test_killed_at_a_sample_of_its_writes(tmp_path: Path, expected: list[Any]) -
 
 
 @pytest.mark.slow
-def test_killed_at_every_write(tmp_path: Path, expected: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "stride", [pytest.param(1, marks=pytest.mark.soak, id="every"), pytest.param(3, id="third")]
+)
+def test_killed_at_every_write(tmp_path: Path, expected: list[Any], stride: int) -> None:
     sweep = make_sweep(tmp_path / "counted")
     sweep.folder.mkdir(parents=True)
     record = Record.create(sweep, {})
     with Writes() as writes:
         run(record)
     assert writes.count > 100
-    for limit in range(writes.count):
+    for limit in range(0, writes.count, stride):
         check_killed_at(tmp_path, expected, limit)
 
 

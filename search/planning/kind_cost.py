@@ -17,6 +17,7 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import VAL_BATCH_SIZE, Batch, PackDataModule, take_rows
 from lightning_modules.feature_cache import READ_SHARE, FeatureCache
 from lightning_modules.step_cost import CONTEXT_BYTES
+from search.garbage import collect_as_ever
 from search.study.sweep_files import SweepFiles
 from search.sweep import TrialParams
 from search.tuning.checkpoint import AtomicCheckpointIO
@@ -75,6 +76,7 @@ def measure_kinds(run: Run, kinds: Sequence[Kind]) -> tuple[float, dict[Kind, Ki
         When this began, on the monotonic clock, and what each kind takes.
     """
     started_s = time.monotonic()
+    collect_as_ever()
     if not run.on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as trials do
     run = on_this_node(run)

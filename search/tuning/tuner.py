@@ -450,6 +450,8 @@ def connected(address: str | None) -> Iterator[None]:
         "logging_level": logging.ERROR,
     }
     if address is None:
+        # Where it is sure to be found. Named as text: a function would be sent by way of a server.
+        options["runtime_env"]["worker_process_setup_hook"] = "search.garbage.collect_rarely"
         with local_ray(options):
             yield
         return

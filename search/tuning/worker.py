@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from search.garbage import collect_as_ever
+
 # What may differ between two trials without anything being wrong: other params allocate other
 # sizes, and libraries keep a few buffers, threads, and files of their own once they are used.
 ALLOWED_BYTES = 128 * 2**20
@@ -51,7 +53,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._baselines: dict[tuple[int, ...], Footprint] = {}
-        self._is_frozen = False
+        self._is_new = True
 
     def leak_before_trial(self, cache_sizes: tuple[int, ...]) -> str:
         """Return what earlier trials have left behind, for people; empty if nothing.
@@ -59,11 +61,11 @@ class Worker:
         Args:
             cache_sizes: Entries in each of the process's own caches.
         """
-        gc.collect()
-        if not self._is_frozen:
+        if self._is_new:
             # Modules and classes stay: looking through them again takes longer than all the rest.
-            gc.freeze()
-            self._is_frozen = True
+            collect_as_ever()
+            self._is_new = False
+        gc.collect()
         footprint = measure_footprint()
         if not any(cache_sizes):  # nothing has run here yet
             return ""
