@@ -7,6 +7,7 @@ checkpoint files and appends every epoch it runs to FOLDER/executed, in one writ
 all of them fail.
 """
 
+import gc
 import os
 import sys
 import time
@@ -96,9 +97,7 @@ def main(folder: Path, address: str, bad_host: str = "") -> None:
 
 
 if __name__ == "__main__":
-    from search.garbage import collect_rarely
-
-    collect_rarely()
+    gc.set_threshold(10_000)
     main(Path(sys.argv[1]), *sys.argv[2:])
     sys.stdout.flush()
-    os._exit(0)  # as the command does
+    os._exit(0)  # as the command begins and ends

@@ -657,3 +657,21 @@ def test_an_image_that_is_none_is_named(
     assert line == "an image to classify must exist; there is no 3.png"
     Path("folder").mkdir()
     assert refused(capsys, "predict", folder, "folder") == "folder is not a plain file"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("completion bash >&-", 0),
+        ("completion bash | head -1", 141),
+        ("top nosuch", 2),
+        ("top nosuch 2>&-", 2),
+        ("nonsense", 2),
+        ("--version", 0),
+    ],
+)
+def test_a_process_ends_with_its_code_whoever_listens(tmp_path: Path, line: str, code: int) -> None:
+    command = f"set -o pipefail; {sys.executable} -m search.cli {line}"
+    run = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr

@@ -567,7 +567,10 @@ def outcome(trials: list[Trial]) -> list[object]:
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_sweep_on_servers_that_fail_ends_as_one_in_a_folder_that_is_left_alone(
-    bucket: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: ObjectStorage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     # Ray's sockets lie there, too, and allow for no long names.
     with postgresql() as database, tempfile.TemporaryDirectory(prefix="ns-") as ray_folder:
@@ -580,6 +583,7 @@ def test_a_sweep_on_servers_that_fail_ends_as_one_in_a_folder_that_is_left_alone
         path.write_text(SWEEP + f"weights: {{mobilenet_v2: {weights}}}\n")
         launch = ["launch", str(path), "--storage"]
         in_a_folder = Run([*launch, str(tmp_path / "sweeps")], tmp_path / "folder.log")
+        request.addfinalizer(in_a_folder.process.kill)
 
         # The storage's key is withdrawn: one line, and no trial is blamed.
         run = Run(

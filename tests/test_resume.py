@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ space:
   unfreeze_depth: {low: 0, high: 5}
   dropout: {low: 0.1, high: 0.6}
   lr: {low: 1.0e-4, high: 1.0e-2, log: true}
-training: {max_epochs: 4}
+training: {max_epochs: 4, precision: 32-true}
 search: {num_trials: 6, max_concurrent_trials: 1, keep_trials: 2}
 scheduler: {grace_period_epochs: 1, reduction_factor: 2}
 """
@@ -69,8 +70,10 @@ class LeftAlone:
 
 
 @pytest.fixture(scope="module")
-def left_alone(sweep_file: Path) -> LeftAlone:
-    return LeftAlone(sweep_file)
+def left_alone(sweep_file: Path) -> Iterator[LeftAlone]:
+    sweep = LeftAlone(sweep_file)
+    yield sweep
+    sweep.process.kill()
 
 
 def read_trials(storage: Path) -> list[Trial]:

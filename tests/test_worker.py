@@ -41,7 +41,9 @@ def test_a_baseline_belongs_to_one_filling_of_the_caches(monkeypatch: pytest.Mon
     now = footprint()
     monkeypatch.setattr(worker, "measure_footprint", lambda: now)
     process = Worker()
+    gc.disable()  # as while a worker imports
     assert process.leak_before_trial((0, 0)) == ""
+    assert gc.isenabled()
     now = footprint(mib=500)  # a first trial has filled them
     assert process.leak_before_trial((1, 1)) == ""
     now = footprint(mib=600)

@@ -1,6 +1,7 @@
 """What each kind of trial, a backbone and a depth, takes on a worker: measured in a few steps."""
 
 import contextlib
+import gc
 import os
 import secrets
 import time
@@ -17,7 +18,6 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import VAL_BATCH_SIZE, Batch, PackDataModule, take_rows
 from lightning_modules.feature_cache import READ_SHARE, FeatureCache
 from lightning_modules.step_cost import CONTEXT_BYTES
-from search.garbage import collect_as_ever
 from search.study.sweep_files import SweepFiles
 from search.sweep import TrialParams
 from search.tuning.checkpoint import AtomicCheckpointIO
@@ -76,7 +76,7 @@ def measure_kinds(run: Run, kinds: Sequence[Kind]) -> tuple[float, dict[Kind, Ki
         When this began, on the monotonic clock, and what each kind takes.
     """
     started_s = time.monotonic()
-    collect_as_ever()
+    gc.enable()  # off until all was imported
     if not run.on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as trials do
     run = on_this_node(run)

@@ -1,5 +1,6 @@
 """What a trial takes of a cluster: CPUs, and as small a share of a GPU as its memory allows."""
 
+import gc
 import math
 import os
 from collections.abc import Mapping
@@ -172,6 +173,7 @@ def share_of(params: TrialParams, shares: Shares) -> float:
 
 
 def _measure_here(sweep: Sweep, on_gpu: bool) -> dict[str, Any]:
+    gc.enable()  # in a worker it was off until all was imported
     device = torch.device("cuda" if on_gpu else "cpu")
     precision = sweep.training.precision
     if precision == "auto":

@@ -445,13 +445,15 @@ def _trial_name(trial: Any) -> str:
 def connected(address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine that nobody else can reach."""
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
+        "runtime_env": {
+            "env_vars": dict(WORKER_ENVIRONMENT),  # Ray adds to it
+            # Until its first trial, or what is measured in its place: all that imports make stays.
+            "worker_process_setup_hook": "gc.disable",
+        },
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
     if address is None:
-        # Where it is sure to be found. Named as text: a function would be sent by way of a server.
-        options["runtime_env"]["worker_process_setup_hook"] = "search.garbage.collect_rarely"
         with local_ray(options):
             yield
         return

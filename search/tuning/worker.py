@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from search.garbage import collect_as_ever
-
 # What may differ between two trials without anything being wrong: other params allocate other
 # sizes, and libraries keep a few buffers, threads, and files of their own once they are used.
 ALLOWED_BYTES = 128 * 2**20
@@ -63,7 +61,10 @@ class Worker:
         """
         if self._is_new:
             # Modules and classes stay: looking through them again takes longer than all the rest.
-            collect_as_ever()
+            # It was off while they were imported.
+            gc.enable()
+            gc.collect()
+            gc.freeze()
             self._is_new = False
         gc.collect()
         footprint = measure_footprint()
