@@ -663,7 +663,7 @@ def test_an_image_that_is_none_is_named(
     ("line", "code"),
     [
         ("completion bash >&-", 0),
-        ("completion bash | head -1", 141),
+        ("completion bash | true", 141),  # which is gone long before
         ("top nosuch", 2),
         ("top nosuch 2>&-", 2),
         ("nonsense", 2),
