@@ -172,14 +172,14 @@ def test_an_ensemble_is_scored_once_beside_the_best_trial_alone(
     settings = tmp_path / "tiny" / "sweep.yaml"
     settings.write_text(settings.read_text().replace("metric: val_macro_f1", "metric: val_loss"))
     out, single = tmp_path / "mixed", tmp_path / "mixed-single"
-    command = ["ensemble", "tiny", str(out), "--storage", str(tmp_path), "--top", "2"]
+    command = ["ensemble", "tiny", str(out), "--storage", str(tmp_path), "--top", "4"]
     main([*command, "--evaluate"])
     logs = [json.loads((folder / "evaluations.json").read_text()) for folder in (out, single)]
     assert [[entry["as"] for entry in log] for log in logs] == [["evaluated"], ["baseline"]]
     config = json.loads((out / "config.json").read_text())
-    assert config["search"]["ensemble_top"] == 2
+    assert config["search"]["ensemble_top"] == 4
     assert all(member["weights"]["origin"] == "random" for member in config["members"])
-    assert "--top 2" in (out / "README.md").read_text()
+    assert "--top 4" in (out / "README.md").read_text()
     assert "above the baseline" in capsys.readouterr().out
     # Whoever exports another bundle and evaluates it has looked before.
     (look,) = json.loads((tmp_path / "tiny" / "evaluations.json").read_text())
