@@ -59,14 +59,12 @@ class Worker:
         Args:
             cache_sizes: Entries in each of the process's own caches.
         """
+        gc.collect()
         if self._is_new:
             # Modules and classes stay: looking through them again takes longer than all the rest.
-            # It was off while they were imported.
-            gc.enable()
-            gc.collect()
             gc.freeze()
+            gc.enable()  # off until all was imported
             self._is_new = False
-        gc.collect()
         footprint = measure_footprint()
         if not any(cache_sizes):  # nothing has run here yet
             return ""
