@@ -14,7 +14,8 @@ from search.planning import simulation
 from search.planning.blind_draws import BlindDraws
 from search.planning.duration import in_words, parse_duration
 from search.planning.kind_cost import Kind, KindCost
-from search.planning.plan import deal, fitting_num_trials, foretell, kinds_of
+from search.planning.measurement import deal, kinds_of
+from search.planning.plan import fitting_num_trials, foretell
 from search.planning.simulation import Setting, Simulation
 from search.planning.span import compare_with_actual
 from search.planning.words import describe_space

@@ -12,13 +12,13 @@ from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.planning.blind_draws import BlindDraws
 from search.planning.duration import in_words
-from search.planning.kind_cost import Kind, KindCost, measure_kinds
+from search.planning.kind_cost import Kind, KindCost
+from search.planning.measurement import Measurement
 from search.planning.simulation import Outcome, Setting, Simulation
 from search.planning.span import Span
 from search.samplers.sampler import num_grid_points
-from search.space import Choice, Int
 from search.sweep import Sweep
-from search.tuning.resources import TrialResources, max_concurrent
+from search.tuning.resources import TrialResources
 from search.tuning.trial import Run, feature_store
 
 # Simulations, fewer of long sweeps, which differ less.
@@ -32,9 +32,6 @@ QUANTILES = (0.05, 0.5, 0.95)
 # How much a few timed steps are off, as the standard deviation of a factor: a machine's speed
 # changes with its heat, and with who else is on it.
 SPEED_SPREAD = 0.1
-
-# As many workers measure at once, at most: beside each other, as trials run.
-MOST_MEASURING = 16
 
 # What a TensorBoard run takes with its pictures, measured; trials that are not kept take far less.
 BOARD_BYTES = 300 * 1024
@@ -52,6 +49,7 @@ class Plan:
         epochs: Of all trials.
         duration_s: From the first trial to the end of the last.
         costs: By kind of trial.
+        measured_ago_s: How long ago those were measured, if not just now.
         num_train: Images.
         num_val: Images.
         disk_bytes: By what takes it: ``features``, ``checkpoints``, ``images``, ``TensorBoard``.
@@ -63,6 +61,7 @@ class Plan:
     epochs: Span
     duration_s: Span
     costs: Mapping[Kind, KindCost]
+    measured_ago_s: float
     num_train: int
     num_val: int
     disk_bytes: Mapping[str, float]
@@ -97,14 +96,16 @@ def make_plan(
     run: Run,
     *,
     resources: TrialResources,
+    measurement: Measurement,
     network_costs: Mapping[str, float],
     budget_s: float | None = None,
 ) -> Plan:
-    """Measure on the connected cluster's workers, and simulate the sweep.
+    """Simulate a sweep on the connected cluster.
 
     Args:
         run: What its trials share.
         resources: What they take of the cluster.
+        measurement: What each kind of them takes.
         network_costs: By backbone, where the sweep has a cost as its second objective.
         budget_s: Choose the number of trials whose upper bound fits; none takes the sweep's.
 
@@ -112,14 +113,13 @@ def make_plan(
         InputError: If not even one trial fits the budget.
     """
     sweep = run.sweep
-    costs, worker_start_s = _measure(run, resources.whole)
     store = feature_store(sweep.resources.feature_cache_gib, since=run.started)
     setting = Setting(
-        costs=costs,
+        costs=measurement.costs,
         num_train=len(run.manifest.rows("train")),
         num_val=len(run.manifest.rows("val")),
         num_slots=resources.num_slots,
-        worker_start_s=worker_start_s,
+        worker_start_s=measurement.worker_start_s,
         store_bytes=0.0 if store is None else float(store.limit_bytes),
         network_costs=network_costs,
     )
@@ -133,23 +133,13 @@ def make_plan(
         num_slots=min(resources.num_slots, sweep.search.num_trials),
         epochs=epochs,
         duration_s=duration_s,
-        costs=costs,
+        costs=measurement.costs,
+        measured_ago_s=measurement.age_s,
         num_train=setting.num_train,
         num_val=setting.num_val,
         disk_bytes=_disk_bytes(sweep, setting, outcomes, run.pack.path.stat().st_size),
         num_gpus=_num_gpus(resources.whole, resources.num_slots),
     )
-
-
-def kinds_of(sweep: Sweep) -> list[Kind]:
-    """Return every backbone and depth that a trial of the sweep may have, shallow ones first."""
-    domain = sweep.space.get("unfreeze_depth")
-    depths = {sweep.params.unfreeze_depth}
-    if isinstance(domain, Int):
-        depths |= set(range(domain.low, domain.high + 1))
-    elif isinstance(domain, Choice):
-        depths |= {int(str(value)) for value in domain.choices}
-    return [(backbone, depth) for depth in sorted(depths) for backbone in sweep.backbones]
 
 
 def foretell(sweep: Sweep, setting: Setting) -> tuple[Span, Span, list[Outcome]]:
@@ -194,49 +184,6 @@ def fitting_num_trials(sweep: Sweep, setting: Setting, budget_s: float) -> int:
         middle = (fits + beyond) // 2
         fits, beyond = (middle, beyond) if upper_s(middle) <= budget_s else (fits, middle)
     return fits
-
-
-def _measure(run: Run, whole: Mapping[str, float]) -> tuple[dict[Kind, KindCost], float]:
-    """Measure every kind of trial, on as many workers at once as run beside each other."""
-    kinds = kinds_of(run.sweep)
-    count = max(1, min(max_concurrent(whole), len(kinds), MOST_MEASURING))
-    task = ray.remote(num_cpus=whole["cpu"], num_gpus=whole["gpu"])(_answer)
-    shared = ray.put(run)
-    answers = ray.get([task.remote(shared, dealt) for dealt in deal(kinds, count)])
-    costs: dict[Kind, KindCost] = {}
-    for _, found in answers:
-        costs.update(found)
-    return costs, max(seconds for seconds, _ in answers)
-
-
-def deal(kinds: Sequence[Kind], count: int) -> list[list[Kind]]:
-    """Deal kinds out so that each worker gets as much of the slower backbone, shallow ones first.
-
-    Example:
-        >>> deal([("a", 0), ("b", 0), ("a", 1), ("b", 1)], 2)
-        [[('a', 0), ('b', 0)], [('a', 1), ('b', 1)]]
-    """
-    by_backbone = sorted(kinds)
-    return [sorted(by_backbone[i::count], key=lambda kind: kind[1]) for i in range(count)]
-
-
-def _answer(run: Run, kinds: Sequence[Kind]) -> tuple[float, dict[Kind, KindCost]]:
-    """Measure in a worker; return the seconds that it took to get ready, too."""
-    import os
-    import time
-    from pathlib import Path
-
-    started_s, costs = measure_kinds(run, kinds)
-    ready_s = 0.0
-    try:
-        # Fields of proc_pid_stat(5): since the process began, in ticks since the system did.
-        began = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        up_s = float(Path("/proc/uptime").read_text().split()[0])
-        age_s = up_s - began / os.sysconf("SC_CLK_TCK")
-        ready_s = max(0.0, age_s - (time.monotonic() - started_s))
-    except (OSError, ValueError, IndexError):
-        pass  # not Linux: then a worker's start is left out
-    return ready_s, costs
 
 
 def _disk_bytes(

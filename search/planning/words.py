@@ -21,6 +21,7 @@ def lines_of(plan: Plan) -> list[str]:
     )
     peak_bytes = max(cost.peak_bytes for cost in plan.costs.values())
     memory = f"; memory up to {_size(peak_bytes)} a trial" if peak_bytes else ""
+    measured = f"; measured {in_words(plan.measured_ago_s)} ago" if plan.measured_ago_s else ""
     compiling = (
         "; compiling comes on top"
         if training.compile and any(depth for _, depth in plan.costs)
@@ -31,7 +32,7 @@ def lines_of(plan: Plan) -> list[str]:
         f"{plan.epochs.as_counts()} of {possible} possible",
         f"        {plan.duration_s.as_times()}{_price(plan)}{compiling}; an epoch takes "
         f"{in_words(plan.epoch_s(fastest)[1])} ({_kind(fastest)}) to "
-        f"{in_words(plan.epoch_s(slowest)[0])} ({_kind(slowest)})",
+        f"{in_words(plan.epoch_s(slowest)[0])} ({_kind(slowest)}){measured}",
         f"        disk up to {_size(sum(plan.disk_bytes.values()))} ({disk}){memory}",
     ]
 

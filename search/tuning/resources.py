@@ -113,7 +113,7 @@ def max_trials_per_gpu(sweep: Sweep) -> int:
     return max(1, math.floor(min(per_gpu, default=1.0)))
 
 
-def measure(sweep: Sweep, *, is_local: bool) -> dict[str, Any]:
+def measure_device(sweep: Sweep, *, is_local: bool) -> dict[str, Any]:
     """Measure what trials are trained in, and what they take of a GPU's memory.
 
     On CPUs of this machine it is done in this process; else by a task with a whole trial's

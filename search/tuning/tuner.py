@@ -26,6 +26,8 @@ from lightning_modules.weights import WeightOrigin, find_weights
 from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
 from search.interruption import Interruption
+from search.planning.known_measurements import recall, remember
+from search.planning.measurement import Measurement, measure
 from search.planning.plan import Plan, make_plan
 from search.planning.words import lines_of
 from search.study.origins import recorded_weights
@@ -44,7 +46,7 @@ from search.tuning.resources import (
     check_devices,
     max_concurrent,
     max_trials_per_gpu,
-    measure,
+    measure_device,
     placement_of,
     share_of,
     shares_of,
@@ -127,8 +129,13 @@ def launch_sweep(
             if is_local:
                 stack.enter_context(connected(None))
             run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
+            known = recall(run, resources.whole) if is_local else None
             plan = make_plan(
-                run, resources=resources, network_costs=record.costs, budget_s=budget_s
+                run,
+                resources=resources,
+                measurement=known or _measurement(run, resources, is_local=is_local),
+                network_costs=record.costs,
+                budget_s=budget_s,
             )
         except BaseException:  # a signal, too
             # No sweep comes of it, and a server would keep the name.
@@ -178,11 +185,11 @@ def plan_sweep(
         with _checked_cluster(address, sweep, manifest, pack, wait_s=wait_s, tell=tell):
             if address is not None:
                 weights = share_weights(weights, sweep)
-            measured = measure(sweep, is_local=address is None)
-            run, resources = _run_of(
-                sweep, manifest, pack, weights, measured, is_local=address is None
-            )
-            return make_plan(run, resources=resources, network_costs=costs)
+            is_local = address is None
+            measured = measure_device(sweep, is_local=is_local)
+            run, resources = _run_of(sweep, manifest, pack, weights, measured, is_local=is_local)
+            measurement = _measurement(run, resources, is_local=is_local)
+            return make_plan(run, resources=resources, measurement=measurement, network_costs=costs)
     finally:
         sweep.files.remove(sweep.files.names("weights"))
 
@@ -417,11 +424,19 @@ def run_trials(
         raise AlikeFailuresError(recorder.bug.traceback)
 
 
+def _measurement(run: Run, resources: TrialResources, *, is_local: bool) -> Measurement:
+    """Measure what each kind of trial takes; a cluster's nodes are not this machine."""
+    measurement = measure(run, resources.whole)
+    if is_local:
+        remember(run, resources.whole, measurement)
+    return measurement
+
+
 def _measured(record: Record, tell: Tell, *, is_local: bool) -> dict[str, Any]:
     """Return what was measured when the sweep was launched; measure it now if nothing was."""
     measured: dict[str, Any] = record.facts.get("measured") or {}
     if not measured:
-        measured = measure(record.sweep, is_local=is_local)
+        measured = measure_device(record.sweep, is_local=is_local)
         record.add_fact("measured", measured)
     for backbone, precision in measured["precisions"].items():
         tell(f"trains  {backbone} in {precision}")
