@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 # A socket's path may have 107 bytes, of which Ray's folders and names, and ours, take up to 82.
 MAX_FOLDER_BYTES = 25
@@ -39,15 +40,16 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
     is_interrupted = False
     in_main_thread = threading.current_thread() is threading.main_thread()
     try:
-        with _own_sigterm_handler(), _sigterm_blocked():
-            ray.init(
-                address="local",
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
-                include_dashboard=False,
-                **options,
-            )
-        yield
+        with _on_loopback():
+            with _own_sigterm_handler(), _sigterm_blocked():
+                ray.init(
+                    address="local",
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder),
+                    include_dashboard=False,
+                    **options,
+                )
+            yield
     except KeyboardInterrupt:
         # Nothing of Ray is needed any more, and taking leave of it takes time.
         is_interrupted = True
@@ -64,6 +66,27 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
         finally:
             end_processes(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray, which is started meanwhile, listen on loopback alone.
+
+    On Linux it takes the machine's own address where it is given loopback's, and then listens on
+    all of them. Its switch for that is named after the systems where it does so by itself; it was
+    read when Ray was imported, and is read again by each process that Ray starts.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, was_enabled = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was_enabled
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
