@@ -22,13 +22,30 @@ if TYPE_CHECKING:
 MakeData = Callable[..., tuple[Manifest, Pack]]
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run two files at a time, where all are run: slow ones wait for processes that start.
+
+    Not more: each sweep takes all of the machine's cores, and gigabytes.
+    """
+    are_all_run = config.args_source != pytest.Config.ArgsSource.ARGS
+    return min(2, os.cpu_count() or 1) if are_all_run else 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave soaks out, also of `-m ""`, unless they are asked for by name."""
-    if "soak" in config.option.markexpr:
-        return
-    soaks = [item for item in items if item.get_closest_marker("soak")]
-    config.hook.pytest_deselected(items=soaks)
-    items[:] = [item for item in items if not item.get_closest_marker("soak")]
+    """Leave soaks out, also of `-m ""`, unless they are asked for by name.
+
+    Files with slow tests come first, so that no worker is left with a long one at the end.
+    """
+    if "soak" not in config.option.markexpr:
+        soaks = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soaks)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+    with_slow = {
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") or item.get_closest_marker("cluster")
+    }
+    items.sort(key=lambda item: item.path not in with_slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
