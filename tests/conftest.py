@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 MakeData = Callable[..., tuple[Manifest, Pack]]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Run two files at a time, where all are run: slow ones wait for processes that start.
 
-    Not more: each sweep takes all of the machine's cores, and gigabytes.
+    Not more: each sweep takes all of the machine's cores, and gigabytes. Nor on a GPU, which tests
+    fill on purpose.
     """
     are_all_run = config.args_source != pytest.Config.ArgsSource.ARGS
-    return min(2, os.cpu_count() or 1) if are_all_run else 0
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    return min(2, os.cpu_count() or 1) if are_all_run and not has_gpu else 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,6 +50,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow") or item.get_closest_marker("cluster")
     }
     items.sort(key=lambda item: item.path not in with_slow)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep away from the user's cache; both processes of a run share one."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="neurosweep-tests-", ignore_cleanup_errors=True)
+        os.environ["NEUROSWEEP_CACHE"] = str(Path(folder.name) / "cache")
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -88,14 +88,6 @@ class PostgreSQL(Server):
     """
 
     def __init__(self, binaries: Path, folder: Path, user: str | None) -> None:
-        port = free_port()
-        command = [
-            str(binaries / "postgres"), "-D", str(folder / "data"), "-p", str(port),
-            "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}",
-            "-c", "fsync=off",  # killed it may be; the power stays on
-        ]  # fmt: skip
-        super().__init__(command, port, user, self.answers)
-        self.url = f"postgresql://ada@127.0.0.1:{port}/postgres"
         (folder / "password").write_text(PASSWORD)
         (folder / "password").chmod(0o644)
         subprocess.run(
@@ -103,6 +95,14 @@ class PostgreSQL(Server):
              "--pwfile", folder / "password", "--no-sync", "--locale", "C", "-E", "UTF8"],
             user=user, cwd="/", check=True, capture_output=True, timeout=120,
         )  # fmt: skip
+        port = free_port()  # just before it is used: others take ports, too
+        command = [
+            str(binaries / "postgres"), "-D", str(folder / "data"), "-p", str(port),
+            "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}",
+            "-c", "fsync=off",  # killed it may be; the power stays on
+        ]  # fmt: skip
+        super().__init__(command, port, user, self.answers)
+        self.url = f"postgresql://ada@127.0.0.1:{port}/postgres"
 
     def answers(self) -> bool:
         import psycopg

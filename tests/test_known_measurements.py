@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from conftest import TINY_SWEEP, MakeData
 from lightning_modules.augmentation import AugmentationSettings
 from lightning_modules.feature_store import current_moment
 from search.cli import main
+from search.planning import known_measurements
 from search.planning.kind_cost import KindCost
 from search.planning.known_measurements import recall, remember
 from search.planning.measurement import Measurement
+from search.results import open_sweep
 from search.space import Choice, Float, Int
+from search.study.record import Record
 from search.sweep import DataSettings, ResourceSettings, SearchSettings, Sweep, TrialParams
 from search.tuning.trial import Run
 
@@ -45,6 +49,8 @@ Change = Callable[[Run], Run]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # Ray, which knows how many workers there are, is not started.
+    monkeypatch.setattr(known_measurements, "max_concurrent", lambda whole: 2 / whole["cpu"])
     monkeypatch.setenv("NEUROSWEEP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "measurements.json"
 
@@ -157,8 +163,17 @@ def test_what_is_older_than_a_day_is_forgotten(run: Run, cache: Path) -> None:
         lambda whole: whole.replace(b"mobilenet_v2 0", b"mobilenet_v2"),
         lambda whole: whole.replace(b"7.5", b"null"),
         lambda whole: whole.replace(b"measured_at_s", b"measured"),
+        lambda whole: b"[" * 200_000,
+        lambda whole: b"{}",
+        lambda whole: whole.replace(b"mobilenet_v2 3", b"mobilenet_v2 4"),
+        lambda whole: whole.replace(b"0.25", b"NaN"),
+        lambda whole: whole.replace(b"0.25", b"Infinity"),
+        lambda whole: whole.replace(b"0.25", b"-0.25"),
+        lambda whole: whole.replace(b"0.25", b"true"),
+        lambda whole: whole.replace(b"7.5", b'"nan"'),
+        lambda whole: whole.replace(b"5120", b"1" + b"0" * 400),
+        lambda whole: re.sub(rb'("measured_at_s": )[0-9.]+', rb"\g<1>1" + b"0" * 400, whole),
     ],
-    ids=["empty", "cut", "no table", "text", "names", "kind", "null", "no time"],
 )
 def test_a_damaged_file_is_measured_again_and_replaced(
     run: Run, cache: Path, damage: Callable[[bytes], bytes]
@@ -166,10 +181,26 @@ def test_a_damaged_file_is_measured_again_and_replaced(
     remember(run, WHOLE, MEASURED)
     whole = cache.read_bytes()
     cache.write_bytes(damage(whole))
-    assert cache.read_bytes() != whole
+    assert cache.read_bytes() != whole, "the damage has done nothing"
     assert recall(run, WHOLE) is None
     remember(run, WHOLE, MEASURED)
     assert recall(run, WHOLE) is not None
+
+
+def test_another_number_of_workers_beside_each_other_is_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(run, WHOLE, MEASURED)
+    monkeypatch.setattr(known_measurements, "max_concurrent", lambda whole: 16)
+    assert recall(run, WHOLE) is None
+
+
+def test_where_nobody_can_say_what_a_measurement_is_of_none_is_kept(run: Run, cache: Path) -> None:
+    remember(dataclasses.replace(run, on_gpu=True), {"cpu": 1.0, "gpu": 1.0}, MEASURED)
+    run.sweep.folder.rmdir()  # a storage that is gone for a moment
+    remember(run, WHOLE, MEASURED)
+    assert recall(run, WHOLE) is None
+    assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(run: Run, cache: Path) -> None:
@@ -190,3 +221,5 @@ def test_a_launch_after_a_plan_measures_nothing(
     main(["launch", *given, "--set", "search.num_trials=1"])
     assert "; measured " in capsys.readouterr().out
     assert cache.read_bytes() == measured
+    told = Record.open(open_sweep("tiny", tmp_path / "sweeps")).facts["forecast"]
+    assert told["measured_ago_s"] > 1

@@ -1,5 +1,6 @@
 """Ray on this machine, for one sweep: nobody else reaches it."""
 
+import contextlib
 import os
 import socket
 import struct
@@ -16,13 +17,11 @@ def listening(pids: list[int]) -> set[str]:
     """The addresses that some processes accept TCP connections at."""
     inodes = set()
     for pid in pids:
-        for file in Path(f"/proc/{pid}/fd").iterdir():
-            try:
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or closed one
+            for file in Path(f"/proc/{pid}/fd").iterdir():
                 link = str(file.readlink())
-            except OSError:
-                continue
-            if link.startswith("socket:["):
-                inodes.add(link[8:-1])
+                if link.startswith("socket:["):
+                    inodes.add(link[8:-1])
     found = set()
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

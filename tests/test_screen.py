@@ -216,6 +216,9 @@ def test_a_terminal_may_be_resized_and_is_given_back_after_an_exception(terminal
     for columns, lines in ((120, 40), (60, 15), (80, 24)):
         terminal.resize(columns, lines)
         time.sleep(1.5)
+        deadline_s = time.monotonic() + 20
+        while terminal.lines()[-1] != "a warning of a library" and time.monotonic() < deadline_s:
+            time.sleep(0.5)
         shown = terminal.lines()
         assert len(shown) == lines
         assert shown[0] == "brain  val_macro_f1, higher is better"

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from lightning_modules.data.pack import default_cache_dir
 from lightning_modules.files import write_atomically
 from lightning_modules.step_cost import name_of_device
-from search.planning.kind_cost import KindCost
+from search.planning.kind_cost import Kind, KindCost
 from search.planning.measurement import Measurement, kinds_of
 from search.study.sweep_files import LocalFiles
 from search.sweep import Sweep
-from search.tuning.survey import source_digest
+from search.tuning.resources import max_concurrent
+from search.tuning.survey import source_digest, versions
 from search.tuning.trial import Run, are_views_shared
 
 # What else runs on a machine changes, and its speed with it.
@@ -30,24 +32,16 @@ KEPT_S = 24 * 3600.0
 def recall(run: Run, whole: Mapping[str, float]) -> Measurement | None:
     """Return what was measured on this machine for such trials, within a day; none if nothing was.
 
+    Nothing is known of trials on GPUs.
+
     Args:
         run: What trials share.
         whole: ``cpu`` and ``gpu`` of a trial that shares no GPU.
     """
+    found = _known().get(_key(run, whole))
     try:
-        found = _known()[_key(run, whole)]
-        costs = {}
-        for name, cost in found["costs"].items():
-            backbone, depth = name.split()
-            if not all(isinstance(value, int | float) for value in cost.values()):
-                return None
-            costs[backbone, int(depth)] = KindCost(**cost)
-        return Measurement(
-            costs=costs,
-            worker_start_s=float(found["worker_start_s"]),
-            age_s=max(1.0, time.time() - found["measured_at_s"]),
-        )
-    except (LookupError, TypeError, ValueError, AttributeError):
+        return _read(found, kinds_of(run.sweep))
+    except (LookupError, TypeError, ValueError, OverflowError):
         return None  # nothing, or nothing that can be read: it is measured again
 
 
@@ -59,13 +53,15 @@ def remember(run: Run, whole: Mapping[str, float], measurement: Measurement) -> 
         whole: ``cpu`` and ``gpu`` of a trial that shares no GPU.
         measurement: Of all their kinds.
     """
+    key = _key(run, whole)
+    if not key:
+        return
     known = _known()
-    known[_key(run, whole)] = {
+    known[key] = {
         "measured_at_s": time.time(),
         "worker_start_s": measurement.worker_start_s,
         "costs": {
-            f"{backbone} {depth}": dataclasses.asdict(cost)
-            for (backbone, depth), cost in measurement.costs.items()
+            _name(kind): dataclasses.asdict(cost) for kind, cost in measurement.costs.items()
         },
     }
     with contextlib.suppress(OSError):  # then it is measured again
@@ -80,32 +76,72 @@ def _path() -> Path:
 def _known() -> dict[str, Any]:
     """Return what is kept and not too old; nothing if the file is damaged."""
     now_s = time.time()
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    try:
         return {
             key: found
             for key, found in json.loads(_path().read_bytes()).items()
-            if 0 <= now_s - found["measured_at_s"] <= KEPT_S
+            if 0 <= now_s - _number(found["measured_at_s"]) <= KEPT_S
         }
-    return {}
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return {}
+    except RecursionError:  # brackets in brackets
+        return {}
+
+
+def _read(found: Any, kinds: Sequence[Kind]) -> Measurement:
+    """Read what was kept of these kinds, which a damaged file may lack, or hold nonsense of."""
+    costs = {}
+    for kind in kinds:
+        kept = found["costs"][_name(kind)]
+        numbers = {name: _number(kept[name]) for name in kept.keys() - {"is_shared"}}
+        costs[kind] = KindCost(is_shared=kept["is_shared"] is True, **numbers)
+    return Measurement(
+        costs=costs,
+        worker_start_s=_number(found["worker_start_s"]),
+        age_s=max(1.0, time.time() - _number(found["measured_at_s"])),
+    )
+
+
+def _number(value: Any) -> Any:
+    """Return a number as it is, if it can be a time or a size.
+
+    Raises:
+        ValueError: If it cannot.
+        OverflowError: If no float is as large.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value:
+        raise ValueError
+    if math.isinf(float(value)):
+        raise ValueError
+    return value
+
+
+def _name(kind: Kind) -> str:
+    return f"{kind[0]} {kind[1]}"
 
 
 def _key(run: Run, whole: Mapping[str, float]) -> str:
-    """Return what two sweeps have in common whose trials take the same."""
+    """Return what two sweeps have in common whose trials take the same; empty if nobody can say."""
+    if run.on_gpu:
+        return ""  # a driver that asks a GPU for its name takes of its memory
     sweep = run.sweep
-    device = name_of_device(torch.device("cuda" if run.on_gpu else "cpu"))
-    setting = {
-        "machine": [platform.node(), os.cpu_count(), torch.cuda.device_count(), device, whole],
-        "code": [torch.__version__, source_digest()],
-        "disk": _disk(sweep),
-        "kinds": kinds_of(sweep),
-        "precisions": run.precisions,
-        "images": [len(run.manifest.rows(split)) for split in ("train", "val")],
-        "image_size_px": sweep.data.image_size_px,
-        "batch_size": sweep.params.batch_size,
-        "head": [len(run.manifest.classes), sweep.data.class_balance],
-        "views": [dataclasses.asdict(sweep.augmentation), sweep.params.augmentation_strength],
-        "features": [are_views_shared(sweep), sweep.resources.feature_cache_gib],
-    }
+    try:
+        setting = {
+            "machine": [platform.node(), name_of_device(torch.device("cpu"))],
+            "beside": [whole, max_concurrent(whole)],
+            "code": [torch.__version__, versions(), source_digest()],
+            "disk": _disk(sweep),
+            "kinds": kinds_of(sweep),
+            "precisions": run.precisions,
+            "images": [len(run.manifest.rows(split)) for split in ("train", "val")],
+            "image_size_px": sweep.data.image_size_px,
+            "batch_size": sweep.params.batch_size,
+            "head": [len(run.manifest.classes), sweep.data.class_balance],
+            "views": [dataclasses.asdict(sweep.augmentation), sweep.params.augmentation_strength],
+            "features": [are_views_shared(sweep), sweep.resources.feature_cache_gib],
+        }
+    except OSError:
+        return ""
     return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
 
 
@@ -113,4 +149,4 @@ def _disk(sweep: Sweep) -> str:
     """Return what tells apart the disks, or servers, that checkpoints are written to."""
     if isinstance(sweep.files, LocalFiles):
         return str(sweep.files.folder.stat().st_dev)
-    return sweep.storage
+    return f"{sweep.storage} {os.environ.get('AWS_ENDPOINT_URL')}"

@@ -89,6 +89,7 @@ class Plan:
             "duration_s": dataclasses.asdict(self.duration_s),
             "disk_bytes": sum(self.disk_bytes.values()),
             "price": self.price,
+            "measured_ago_s": self.measured_ago_s,
         }
 
 

@@ -40,16 +40,15 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
     is_interrupted = False
     in_main_thread = threading.current_thread() is threading.main_thread()
     try:
-        with _on_loopback():
-            with _own_sigterm_handler(), _sigterm_blocked():
-                ray.init(
-                    address="local",
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=str(folder),
-                    include_dashboard=False,
-                    **options,
-                )
-            yield
+        with _on_loopback(), _own_sigterm_handler(), _sigterm_blocked():
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+                include_dashboard=False,
+                **options,
+            )
+        yield
     except KeyboardInterrupt:
         # Nothing of Ray is needed any more, and taking leave of it takes time.
         is_interrupted = True
@@ -78,13 +77,13 @@ def _on_loopback() -> Iterator[None]:
     """
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before, was_enabled = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
+        os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = was_enabled
         if before is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = before
 

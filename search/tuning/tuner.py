@@ -129,7 +129,9 @@ def launch_sweep(
             if is_local:
                 stack.enter_context(connected(None))
             run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
-            known = recall(run, resources.whole) if is_local else None
+            # A number of trials that is chosen by it deserves to be measured now.
+            may_recall = is_local and budget_s is None
+            known = recall(run, resources.whole) if may_recall else None
             plan = make_plan(
                 run,
                 resources=resources,
