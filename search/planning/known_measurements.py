@@ -109,9 +109,8 @@ def _number(value: Any) -> Any:
         ValueError: If it cannot.
         OverflowError: If no float is as large.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value:
-        raise ValueError
-    if math.isinf(float(value)):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
         raise ValueError
     return value
 
