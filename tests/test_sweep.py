@@ -140,7 +140,8 @@ def test_only_kept_trials_have_pictures(trials: list[Trial], folder: Path) -> No
         events.Reload()
         tags = events.Tags()["images"]
         if not any((storage / "trials" / f"{trial.number:05d}").glob("*.ckpt")):
-            assert tags == []
+            # A trial that takes more than a minute, as on a busy machine, draws that while it runs.
+            assert set(tags) <= {"pictures/confusion matrix"}
             continue
         assert sorted(tags) == [
             "pictures/augmented training images",
