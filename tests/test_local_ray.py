@@ -17,11 +17,12 @@ def listening(pids: list[int]) -> set[str]:
     """The addresses that some processes accept TCP connections at."""
     inodes = set()
     for pid in pids:
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or closed one
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             for file in Path(f"/proc/{pid}/fd").iterdir():
-                link = str(file.readlink())
-                if link.startswith("socket:["):
-                    inodes.add(link[8:-1])
+                with contextlib.suppress(OSError):  # this one alone was closed
+                    link = str(file.readlink())
+                    if link.startswith("socket:["):
+                        inodes.add(link[8:-1])
     found = set()
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
