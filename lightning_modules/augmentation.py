@@ -122,18 +122,18 @@ class Views(nn.Module):
         Returns:
             Shape ``(B, 1, H, W)``, float32 in [0, 1].
         """
-        intensities = images.to(torch.float32) / 255
         if self.strength == 0:
-            return intensities
+            return images.to(torch.float32) / 255
         params = self.draw(epoch=epoch, samples=samples.to(images.device))
-        views = self._sample(intensities, params)
-        factor = params.contrast.to(torch.float32)
+        views = self._sample(images.to(torch.float32), params)
+        factor = (params.contrast / 255).to(torch.float32)
         offset = (params.brightness * params.contrast).to(torch.float32)
-        views = torch.addcmul(_per_image(offset), views, _per_image(factor))
+        views.mul_(_per_image(factor)).add_(_per_image(offset))
         num_pixels = self.image_size_px**2
         noise = self.noise_field.unfold(0, num_pixels, 1)[params.noise_offset].view_as(views)
-        views = torch.addcmul(views, noise, _per_image(params.noise_std.to(torch.float32)))
-        return views.clamp_(0, 1).masked_fill_(self._erased(params), 0)
+        views.addcmul_(noise, _per_image(params.noise_std.to(torch.float32)))
+        views.clamp_(0, 1)
+        return views.addcmul_(views, self._erased(params), value=-1)
 
     def draw(self, *, epoch: int, samples: Tensor) -> ViewParams:
         """Return what the views of ``samples`` at ``epoch`` are made with."""
@@ -179,7 +179,7 @@ class Views(nn.Module):
         counters = _mix(_mix(samples ^ key).unsqueeze(1) + draws * _GOLDEN)
         return ((counters >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
 
-    def _sample(self, intensities: Tensor, params: ViewParams) -> Tensor:
+    def _sample(self, images: Tensor, params: ViewParams) -> Tensor:
         """Apply flip and affine map in one bilinear sampling pass; black outside."""
         side_px = self.image_size_px
         center = torch.full_like(params.translation_px, (side_px - 1) / 2)
@@ -198,29 +198,26 @@ class Views(nn.Module):
         determinant = a * d - b * c
         shift = 2 * params.translation_px / (side_px - 1)
         sign = 1 - 2 * params.flip.to(torch.float64)
-        inverse = torch.stack([d * sign, -b * sign, -c, a], dim=1) / determinant.unsqueeze(1)
-        offset_x = -(inverse[:, 0] * shift[:, 0] + inverse[:, 1] * shift[:, 1])
-        offset_y = -(inverse[:, 2] * shift[:, 0] + inverse[:, 3] * shift[:, 1])
-        xx, xy, yx, yy = (_per_row(entry) for entry in inverse.unbind(1))
-        rows, columns = self.axis[:, None], self.axis[None, :]
-        grid = torch.stack(
-            [
-                xx * columns + (xy * rows + _per_row(offset_x)),
-                yx * columns + (yy * rows + _per_row(offset_y)),
-            ],
-            dim=-1,
+        of_columns = torch.stack([d * sign, -c], dim=1) / determinant.unsqueeze(1)
+        of_rows = torch.stack([-b * sign, a], dim=1) / determinant.unsqueeze(1)
+        offset = -(of_columns * shift[:, :1] + of_rows * shift[:, 1:])
+        # A position's x and y as one complex number: their sum over rows and columns is one pass.
+        columns = torch.view_as_complex(_along(self.axis, of_columns))
+        rows = torch.view_as_complex(
+            _along(self.axis, of_rows) + offset.to(torch.float32).unsqueeze(1)
         )
+        grid = torch.view_as_real(columns.unsqueeze(1) + rows.unsqueeze(2))
         return F.grid_sample(
-            intensities, grid, mode="bilinear", padding_mode="zeros", align_corners=True
+            images, grid, mode="bilinear", padding_mode="zeros", align_corners=True
         )
 
     def _erased(self, params: ViewParams) -> Tensor:
-        """Return where the rectangles are: shape ``(B, 1, H, W)``, bool."""
+        """Return 1 where the rectangles are, else 0: shape ``(B, 1, H, W)``, float32."""
         pixels = torch.arange(self.image_size_px, device=params.box_px.device)
         left, top, width, height = params.box_px.unsqueeze(2).unbind(1)
-        columns = (pixels >= left) & (pixels < left + width)
-        rows = (pixels >= top) & (pixels < top + height)
-        return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+        columns = ((pixels >= left) & (pixels < left + width)).to(torch.float32)
+        rows = ((pixels >= top) & (pixels < top + height)).to(torch.float32)
+        return (rows.unsqueeze(2) * columns.unsqueeze(1)).unsqueeze(1)
 
 
 # Constants of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
@@ -247,5 +244,6 @@ def _per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def _per_row(values: Tensor) -> Tensor:
-    return values.to(torch.float32).view(-1, 1, 1)
+def _along(axis: Tensor, change: Tensor) -> Tensor:
+    """Return shape ``(B, len(axis), 2)``: how far each place on an axis moves in x and y."""
+    return change.to(torch.float32).unsqueeze(1) * axis.unsqueeze(1)
