@@ -456,6 +456,7 @@ def measures(options: argparse.Namespace) -> dict[str, list[Any]]:
     if options.memory or everything:
         found["simulated, random"] = ["simulate", int(10_000 * share), "random"]
         found["simulated, tpe"] = ["simulate", int(10_000 * share), "tpe"]
+        found["simulated, gp"] = ["simulate", int(3_000 * share), "gp"]
         found["through ray, ours"] = ["run_ours", int(1500 * share) + 250, 2, 0.0, True]
         found["through ray, ray's default"] = ["run_rays", int(1500 * share) + 250, 2]
     if options.throughput or everything:

@@ -9,7 +9,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.cost_levels import CostLevels
-from search.samplers.space_sampler import RungSampler, others_of, value_at
+from search.samplers.space_sampler import RungSampler, others_of, values_at
 from search.samplers.surrogate import Surrogate, log_expected_improvement
 from search.space import Choice, Float, Int, Space, from_unit, to_unit
 
@@ -103,12 +103,9 @@ class RungGPSampler(RungSampler):
     def _rung_values(self, trials: list[FrozenTrial]) -> np.ndarray:
         """Return trials x rungs: more is better; nan where a trial was stopped before."""
         sign = 1.0 if self._mode == "max" else -1.0
-        values = np.full((len(trials), len(self._rung_epochs)), np.nan)
-        for row, trial in enumerate(trials):
-            for column, epoch in enumerate(self._rung_epochs):
-                value = value_at(trial, epoch, self._mode)
-                if value is not None:
-                    values[row, column] = sign * value
+        known = [values_at(trial, self._rung_epochs, self._mode) for trial in trials]
+        # None becomes nan.
+        values = sign * np.array(known, float).reshape(len(trials), len(self._rung_epochs))
         for row, trial in enumerate(trials):
             if trial.state == TrialState.FAIL:
                 # Diverged: no value, but as bad as the worst at the end.
@@ -211,17 +208,15 @@ def _most_telling(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     reached = np.isfinite(values)
     furthest = values.shape[1] - 1 - np.argmax(reached[:, ::-1], axis=1)
     last = np.where(reached.any(axis=1), values[np.arange(len(values)), furthest], -np.inf)
-    rows, columns = [], []
-    for row in np.lexsort((-last, -furthest)):
-        for column in np.flatnonzero(reached[row]):
-            rows.append(row)
-            columns.append(column)
+    order = np.lexsort((-last, -furthest))
+    places, columns = np.nonzero(reached[order])
+    rows = order[places]
     kept = np.arange(len(rows))
     if len(kept) > MAX_VALUES:
         half = MAX_VALUES // 2
         rest = np.linspace(half, len(kept) - 1, MAX_VALUES - half).astype(int)
         kept = np.concatenate([kept[:half], rest])
-    return np.array(rows)[kept], np.array(columns)[kept]
+    return rows[kept], columns[kept]
 
 
 def _climb(

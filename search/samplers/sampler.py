@@ -5,10 +5,11 @@ trial number and the trials in the study, so a sweep that is killed and resumed 
 that an unkilled one draws.
 """
 
+import copy
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,13 +18,14 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.samplers.gp_sampler import RungGPSampler
-from search.samplers.space_sampler import RungSampler, SpaceSampler, others_of, value_at
+from search.samplers.space_sampler import RungSampler, SpaceSampler, others_of, values_at
 from search.space import Choice, Space, from_unit, grid_of, to_unit
 
 SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
@@ -174,15 +176,16 @@ class RungTPESampler(RungSampler):
         if not search_space:
             return {}
         trials = others_of(study, trial)
-        by_rung = [
-            [value_at(trial, epoch, self._mode) for trial in trials] for epoch in self._rung_epochs
+        values = [values_at(trial, self._rung_epochs, self._mode) for trial in trials]
+        num_known = [
+            sum(of_trial[rung] is not None for of_trial in values)
+            for rung in range(len(self._rung_epochs))
         ]
-        num_known = [sum(value is not None for value in values) for values in by_rung]
         if self.is_blind(num_known[0]):
             return self.blind_point()
         rung = max(r for r, known in enumerate(num_known) if r == 0 or known >= self.min_higher)
         trial_seed = derive_seed(self._seed, self._trial_number)
-        observed = self._observations(trials, by_rung[rung])
+        observed = self._observations(trials, [of_trial[rung] for of_trial in values])
         return _propose(trial_seed, observed, search_space, self._mode)
 
     def _observations(
@@ -260,8 +263,8 @@ class _CmaEsSampler(SpaceSampler):
 
     def _badness(self, trial: FrozenTrial) -> tuple[float, float]:
         # CMA-ES looks at ranks only. A trial that got further beats one that was stopped before.
-        for epoch in reversed(self._rung_epochs):
-            value = value_at(trial, epoch, self._mode)
+        values = values_at(trial, self._rung_epochs, self._mode)
+        for epoch, value in zip(reversed(self._rung_epochs), reversed(values), strict=True):
             if value is not None:
                 return -epoch, -value if self._mode == "max" else value
         return 0, math.inf
@@ -306,19 +309,48 @@ def _propose(
     mode: str,
 ) -> dict[str, Any]:
     """Ask Optuna's TPE, over a scratch study of values at one rung."""
+    trials = [
+        FrozenTrial(
+            number=number,
+            # Running trials stay so: TPE keeps away from them (constant liar), so that workers that
+            # ask at the same time do not get the same params.
+            state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
+            value=value,
+            datetime_start=None,
+            datetime_complete=None,
+            params={name: trial.params[name] for name in distributions},
+            distributions=distributions,
+            user_attrs={},
+            system_attrs={},
+            intermediate_values={},
+            trial_id=number,
+        )
+        for number, (trial, value) in enumerate(observed, start=1)  # 0 is the one that is asked for
+    ]
     scratch = optuna.create_study(
+        storage=_Observations(trials),
         direction="maximize" if mode == "max" else "minimize",
         sampler=TPESampler(n_startup_trials=1, seed=seed),
     )
-    for trial, value in observed:
-        # Running trials stay so: TPE keeps away from them (constant liar), so that workers that ask
-        # at the same time do not get the same params.
-        state = TrialState.RUNNING if value is None else TrialState.COMPLETE
-        params = {name: trial.params[name] for name in distributions}
-        scratch.add_trial(
-            create_trial(state=state, value=value, params=params, distributions=distributions)
-        )
     return scratch.ask(distributions).params
+
+
+class _Observations(InMemoryStorage):
+    """A study of given trials. Optuna's own copies every trial that it is given, deeply.
+
+    Args:
+        trials: Numbered from 1, in order.
+    """
+
+    def __init__(self, trials: list[FrozenTrial]) -> None:
+        super().__init__()
+        self._trials = trials
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = [trial for trial in self._trials if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
 
 
 def _permuted(index: int, size: int, seed: int) -> int:

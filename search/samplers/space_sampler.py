@@ -1,6 +1,7 @@
-"""What the samplers share: the space, Sobol points, and a trial's value at a rung."""
+"""What the samplers share: the space, Sobol points, and a trial's values at the rungs."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -118,8 +119,8 @@ def others_of(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     return [other for other in trials if other.number != trial.number and other.params]
 
 
-def value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
-    """Return a trial's best value up to an epoch.
+def values_at(trial: FrozenTrial, epochs: Sequence[int], mode: str) -> list[float | None]:
+    """Return a trial's best value up to each of some epochs.
 
     The best and not the last, since the best epoch's checkpoint is what a sweep keeps; the regret
     of the two could not be told apart. A complete trial that ended before the epoch had nothing
@@ -127,21 +128,23 @@ def value_at(trial: FrozenTrial, epoch: int, mode: str) -> float | None:
 
     Args:
         trial: Any trial.
-        epoch: A rung.
+        epochs: The rungs.
         mode: "max" or "min".
 
     Returns:
-        The value; None if the trial was stopped before, or diverged.
+        The values; None where the trial was stopped before, or diverged.
     """
     if trial.state == TrialState.FAIL:
-        return None
+        return [None] * len(epochs)
     values = {step: v for step, v in trial.intermediate_values.items() if math.isfinite(v)}
-    if not values or (max(values) < epoch and trial.state != TrialState.COMPLETE):
-        return None
-    reached = [value for step, value in values.items() if step <= epoch]
-    if not reached:
-        return None
-    return max(reached) if mode == "max" else min(reached)
+    last = math.inf if trial.state == TrialState.COMPLETE else max(values, default=0)
+    best = max if mode == "max" else min
+    return [
+        best((value for step, value in values.items() if step <= epoch), default=None)
+        if epoch <= last
+        else None
+        for epoch in epochs
+    ]
 
 
 def sobol_point(space: Space, seed: int, index: int) -> dict[str, Any]:
