@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import VGG, VisionTransformer
 
-from lightning_modules.depthwise_convolution import DepthwiseConvolution
+from lightning_modules.convolutions import DepthwiseConvolution, PointwiseConvolution
 from lightning_modules.errors import InputError
 from lightning_modules.stages import (
     BACKBONES,
@@ -161,8 +161,8 @@ def pool(activations: Tensor) -> Tensor:
 def build_network(name: str, *, image_size_px: int = IMAGENET_SIZE_PX) -> nn.Module:
     """Build torchvision's own network with random weights, head included.
 
-    VGG16's three linear layers are replaced by one, after a mean over all places. Depthwise
-    convolutions with slow gradients are ours, see ``DepthwiseConvolution``.
+    VGG16's three linear layers are replaced by one, after a mean over all places. Convolutions with
+    slow gradients are ours, see ``convolutions``.
 
     Args:
         name: One of ``BACKBONES``.
@@ -187,8 +187,9 @@ def build_network(name: str, *, image_size_px: int = IMAGENET_SIZE_PX) -> nn.Mod
         network.avgpool = nn.AdaptiveAvgPool2d(1)
         network.classifier = nn.Linear(512, 1000)
     for module_name, module in list(network.named_modules()):
-        if DepthwiseConvolution.is_meant_for(module):
-            network.set_submodule(module_name, DepthwiseConvolution.in_place_of(module))
+        for own in (DepthwiseConvolution, PointwiseConvolution):
+            if own.is_meant_for(module):
+                network.set_submodule(module_name, own.in_place_of(module))
     return network
 
 

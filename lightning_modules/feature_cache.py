@@ -14,7 +14,7 @@ from lightning_modules import (
     augmentation,
     backbones,
     classifier,
-    depthwise_convolution,
+    convolutions,
     stages,
     state_dicts,
 )
@@ -256,9 +256,7 @@ _COSTS: dict[tuple[str | int, ...], Cost] = {}
 @functools.cache
 def code_digest() -> str:
     """Return what changes with the code that features are a result of."""
-    return code_digest_of(
-        augmentation, backbones, classifier, depthwise_convolution, stages, state_dicts
-    )
+    return code_digest_of(augmentation, backbones, classifier, convolutions, stages, state_dicts)
 
 
 def _block_size(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules import backbones as networks
-from lightning_modules import depthwise_convolution
+from lightning_modules import convolutions
 from lightning_modules.backbones import Backbone, freeze_below
 from lightning_modules.files import code_digest_of, write_atomically
 
@@ -113,7 +113,7 @@ def choose_precisions(
     known: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = dict(json.loads(path.read_bytes()))
-    code = code_digest_of(networks, depthwise_convolution)[:12]
+    code = code_digest_of(networks, convolutions)[:12]
     where = f"{name_of_device(device)} torch {torch.__version__} {torch.get_num_threads()} threads"
     chosen = {}
     for backbone in backbones:

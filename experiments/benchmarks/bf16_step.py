@@ -24,7 +24,7 @@ from measurement import provenance, ratio_interval, shown
 from torch import nn
 
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.depthwise_convolution import DepthwiseConvolution
+from lightning_modules.convolutions import DepthwiseConvolution
 from lightning_modules.step_cost import computes_in_bf16
 from search.tuning.tuner import WORKER_ENVIRONMENT
 
