@@ -117,8 +117,8 @@ def test_pointwise_convolutions_stand_where_the_cpu_has_no_avx512(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     modules = build_network("mobilenet_v2").modules()
-    # Sandler et al., table 2: of blocks 1 to 17, 8 and later expand 64 channels or more, 7 and later
-    # are projected to as many; and the last convolution makes 1280 of 320.
+    # Sandler et al., table 2: of blocks 1 to 17, 8 and later expand 64 channels or more, 7 and
+    # later are projected to as many; and the last convolution makes 1280 of 320.
     assert sum(isinstance(module, PointwiseConvolution) for module in modules) == number
 
 
