@@ -25,14 +25,19 @@ MakeData = Callable[..., tuple[Manifest, Pack]]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run two files at a time, where all are run: slow ones wait for processes that start.
+    """Run several files at a time, where no files are named.
 
-    Not more: each sweep takes all of the machine's cores, and gigabytes. Nor on a GPU, which tests
-    fill on purpose.
+    Fast tests on all cores, up to eight. Slow ones wait for processes that start, two at a time,
+    and not more: each sweep takes all of the machine's cores, and gigabytes. Nor on a GPU, which
+    tests fill on purpose.
     """
-    are_all_run = config.args_source != pytest.Config.ArgsSource.ARGS
+    num_cores = os.cpu_count() or 1
+    if config.args_source == pytest.Config.ArgsSource.ARGS:
+        return 0
+    if config.option.markexpr.startswith("not slow"):
+        return min(8, num_cores)
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    return min(2, os.cpu_count() or 1) if are_all_run and not has_gpu else 0
+    return 0 if has_gpu else min(2, num_cores)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
