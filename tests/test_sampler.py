@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.samplers.gp_sampler import RungGPSampler
 from search.samplers.sampler import SAMPLERS, build_sampler, num_grid_points
+from search.samplers.space_sampler import rung_values
 from search.samplers.surrogate import Surrogate
 from search.space import Choice, Float, Int, Space, to_distributions
 
@@ -218,6 +221,57 @@ def test_a_trial_that_ended_early_by_itself_counts_at_the_rungs_above(kind: str)
     add_points(study, (0.8, 0.8), state=TrialState.COMPLETE)
     add_points(study, (0.2, 0.2))
     assert distance_to((0.8, 0.8), study, kind) < 0.2
+
+
+def reporting(values: dict[int, float], state: TrialState = TrialState.PRUNED) -> FrozenTrial:
+    value = 0.0 if state == TrialState.COMPLETE else None
+    return create_trial(state=state, value=value, intermediate_values=values)
+
+
+def test_the_value_at_a_rung_is_the_best_so_far_and_unknown_above_the_last_report() -> None:
+    values = {1: 0.3, 2: math.nan, 3: 0.1, 4: 0.9}
+    trials = [
+        reporting(values),
+        reporting({1: 0.5}, TrialState.COMPLETE),  # ended by itself: it had no more to gain
+        reporting({1: 0.5, 3: 0.7}, TrialState.FAIL),  # diverged: what it had is no value
+        reporting({1: math.nan, 3: -math.inf}),
+        reporting({}),
+        reporting(values),
+    ]
+    nan = math.nan
+    unknown = [nan, nan, nan]
+    of_first = [0.3, 0.3, nan]
+    expected = [of_first, [0.5, 0.5, 0.5], unknown, unknown, unknown, of_first]
+    np.testing.assert_array_equal(rung_values(trials, (1, 3, 9), "max"), expected)
+    # Where less is better, the third epoch's 0.1 is the best.
+    np.testing.assert_array_equal(rung_values(trials[:1], (1, 3, 9), "min"), [[0.3, 0.1, nan]])
+    assert rung_values([], (1, 3, 9), "max").shape == (0, 3)
+
+
+@given(
+    reports=st.lists(
+        st.tuples(
+            st.dictionaries(st.integers(1, 12), st.floats(width=32), max_size=12),
+            st.sampled_from([s for s in TrialState if s.is_finished()]),
+        ),
+        max_size=6,
+    ),
+    mode=st.sampled_from(["max", "min"]),
+)
+def test_values_at_the_rungs_are_those_of_each_trial_alone(
+    reports: list[tuple[dict[int, float], TrialState]], mode: str
+) -> None:
+    trials = [reporting(values, state) for values, state in reports]
+    got = rung_values(trials, (2, 5, 9), mode)
+    for (values, state), row in zip(reports, got, strict=True):
+        finite = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
+        for rung, value in zip((2, 5, 9), row.tolist(), strict=True):
+            so_far = [value for epoch, value in finite.items() if epoch <= rung]
+            is_reached = state == TrialState.COMPLETE or max(finite, default=0) >= rung
+            if state == TrialState.FAIL or not so_far or not is_reached:
+                assert math.isnan(value)
+            else:
+                assert value == (max(so_far) if mode == "max" else min(so_far))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -9,9 +9,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.cost_levels import CostLevels
-from search.samplers.space_sampler import RungSampler, others_of, values_at
+from search.samplers.space_sampler import RungSampler, others_of, rung_values
 from search.samplers.surrogate import Surrogate, log_expected_improvement
-from search.space import Choice, Float, Int, Space, from_unit, to_unit
+from search.space import Choice, Float, Int, Space, from_unit, to_units
 
 # Levers, measured like the TPE's in samplers/sampler.py, on the same 17 tasks. The regrets are
 # against the best of a search with 2400 full trainings, so the benchmark's table shows less.
@@ -103,13 +103,10 @@ class RungGPSampler(RungSampler):
     def _rung_values(self, trials: list[FrozenTrial]) -> np.ndarray:
         """Return trials x rungs: more is better; nan where a trial was stopped before."""
         sign = 1.0 if self._mode == "max" else -1.0
-        known = [values_at(trial, self._rung_epochs, self._mode) for trial in trials]
-        # None becomes nan.
-        values = sign * np.array(known, float).reshape(len(trials), len(self._rung_epochs))
-        for row, trial in enumerate(trials):
-            if trial.state == TrialState.FAIL:
-                # Diverged: no value, but as bad as the worst at the end.
-                values[row, -1] = np.nanmin(values, initial=np.inf)
+        values = sign * rung_values(trials, self._rung_epochs, self._mode)
+        # Diverged: no value, but as bad as the worst at the end.
+        is_failed = [trial.state == TrialState.FAIL for trial in trials]
+        values[is_failed, -1] = np.nanmin(values, initial=np.inf)
         values[np.isinf(values)] = np.nan  # nothing but diverged trials
         return values
 
@@ -117,9 +114,10 @@ class RungGPSampler(RungSampler):
         self, trials: list[FrozenTrial], values: np.ndarray, generator: np.random.Generator
     ) -> np.ndarray:
         domains = list(self._space.values())
+        params = [trial.params for trial in trials]
         points = np.array(
-            [[to_unit(d, t.params[n]) for n, d in self._space.items()] for t in trials]
-        )
+            [to_units(d, [of[name] for of in params]) for name, d in self._space.items()]
+        ).T.copy()
         rows, columns = _most_telling(values)
         epochs = np.log(self._rung_epochs)
         rungs = 1 - (epochs[-1] - epochs) / ((epochs[-1] - epochs[0]) or 1.0)

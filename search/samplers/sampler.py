@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
 from search.samplers.gp_sampler import RungGPSampler
-from search.samplers.space_sampler import RungSampler, SpaceSampler, others_of, values_at
+from search.samplers.space_sampler import RungSampler, SpaceSampler, others_of, rung_values
 from search.space import Choice, Space, from_unit, grid_of, to_unit
 
 SAMPLERS = ("tpe", "gp", "cma_es", "random", "grid")
@@ -176,16 +176,14 @@ class RungTPESampler(RungSampler):
         if not search_space:
             return {}
         trials = others_of(study, trial)
-        values = [values_at(trial, self._rung_epochs, self._mode) for trial in trials]
-        num_known = [
-            sum(of_trial[rung] is not None for of_trial in values)
-            for rung in range(len(self._rung_epochs))
-        ]
+        values = rung_values(trials, self._rung_epochs, self._mode)
+        num_known = np.isfinite(values).sum(axis=0).tolist()
         if self.is_blind(num_known[0]):
             return self.blind_point()
         rung = max(r for r, known in enumerate(num_known) if r == 0 or known >= self.min_higher)
         trial_seed = derive_seed(self._seed, self._trial_number)
-        observed = self._observations(trials, [of_trial[rung] for of_trial in values])
+        at_rung = [None if math.isnan(value) else value for value in values[:, rung].tolist()]
+        observed = self._observations(trials, at_rung)
         return _propose(trial_seed, observed, search_space, self._mode)
 
     def _observations(
@@ -263,9 +261,9 @@ class _CmaEsSampler(SpaceSampler):
 
     def _badness(self, trial: FrozenTrial) -> tuple[float, float]:
         # CMA-ES looks at ranks only. A trial that got further beats one that was stopped before.
-        values = values_at(trial, self._rung_epochs, self._mode)
+        values = rung_values([trial], self._rung_epochs, self._mode)[0].tolist()
         for epoch, value in zip(reversed(self._rung_epochs), reversed(values), strict=True):
-            if value is not None:
+            if not math.isnan(value):
                 return -epoch, -value if self._mode == "max" else value
         return 0, math.inf
 

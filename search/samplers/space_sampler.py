@@ -1,6 +1,5 @@
 """What the samplers share: the space, Sobol points, and a trial's values at the rungs."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -119,32 +118,40 @@ def others_of(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     return [other for other in trials if other.number != trial.number and other.params]
 
 
-def values_at(trial: FrozenTrial, epochs: Sequence[int], mode: str) -> list[float | None]:
-    """Return a trial's best value up to each of some epochs.
+def rung_values(trials: Sequence[FrozenTrial], epochs: Sequence[int], mode: str) -> np.ndarray:
+    """Return each trial's best value up to each of some epochs.
 
     The best and not the last, since the best epoch's checkpoint is what a sweep keeps; the regret
     of the two could not be told apart. A complete trial that ended before the epoch had nothing
     more to gain, so it counts there too.
 
     Args:
-        trial: Any trial.
+        trials: Any trials.
         epochs: The rungs.
         mode: "max" or "min".
 
     Returns:
-        The values; None where the trial was stopped before, or diverged.
+        Trials x rungs, float64; nan where a trial was stopped before, or diverged.
     """
-    if trial.state == TrialState.FAIL:
-        return [None] * len(epochs)
-    values = {step: v for step, v in trial.intermediate_values.items() if math.isfinite(v)}
-    last = math.inf if trial.state == TrialState.COMPLETE else max(values, default=0)
-    best = max if mode == "max" else min
-    return [
-        best((value for step, value in values.items() if step <= epoch), default=None)
-        if epoch <= last
-        else None
-        for epoch in epochs
-    ]
+    sign = 1.0 if mode == "max" else -1.0
+    # All trials at once: every draw of a sweep asks for all that came before it.
+    reports = [trial.intermediate_values for trial in trials]
+    rows = np.repeat(np.arange(len(trials)), [len(report) for report in reports])
+    steps = np.array([step for report in reports for step in report], int)
+    values = sign * np.array([value for report in reports for value in report.values()], float)
+    is_finite = np.isfinite(values)
+    rows, steps, values = rows[is_finite], steps[is_finite], values[is_finite]
+    last = np.zeros(len(trials))
+    np.maximum.at(last, rows, steps)
+    states = np.array([trial.state.value for trial in trials], int)
+    last[states == TrialState.COMPLETE.value] = np.inf
+    last[states == TrialState.FAIL.value] = -np.inf
+    best = np.full((len(trials), len(epochs)), -np.inf)
+    for rung, epoch in enumerate(epochs):
+        is_seen = steps <= epoch
+        np.maximum.at(best[:, rung], rows[is_seen], values[is_seen])
+    is_known = np.isfinite(best) & (np.array(epochs) <= last[:, None])
+    return np.where(is_known, sign * best, np.nan)
 
 
 def sobol_point(space: Space, seed: int, index: int) -> dict[str, Any]:
