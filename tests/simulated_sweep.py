@@ -4,7 +4,8 @@
 
 Everything but the training is the product: record, searcher, scheduler, tuner. A trial writes real
 checkpoint files and appends every epoch it runs to FOLDER/executed, in one write a line. On HOST
-all of them fail.
+all of them fail; without one, a new sweep's first trials wait for each other, so that two nodes
+take part however long a worker takes to start.
 """
 
 import gc
@@ -18,6 +19,7 @@ from typing import Any
 NUM_TRIALS = 6
 MAX_EPOCHS = 5
 EPOCH_S = 0.6
+START_S = 60
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
@@ -36,6 +38,10 @@ def simulate(config: dict[str, Any], folder: str, bad_host: str) -> None:
         line = f"{number} {attempt} {epoch} {socket.gethostname()} {os.getpid()}\n"
         with (Path(folder) / "executed").open("a") as executed:
             executed.write(line)
+        if not bad_host and attempt == 0 and number < 2:
+            deadline_s = time.monotonic() + START_S
+            while nodes_in(Path(folder)) < 2 and time.monotonic() < deadline_s:
+                time.sleep(0.05)
         time.sleep(EPOCH_S)
         loss = 2 / epoch + 0.01 * number
         shown = dict.fromkeys(("train_loss", "val_loss"), loss) | dict.fromkeys(
@@ -62,6 +68,11 @@ def simulate(config: dict[str, Any], folder: str, bad_host: str) -> None:
                 **files,
             }
         )
+
+
+def nodes_in(folder: Path) -> int:
+    """Return on how many nodes epochs were begun."""
+    return len({line.split()[3] for line in (folder / "executed").read_text().splitlines()})
 
 
 def main(folder: Path, address: str, bad_host: str = "") -> None:
