@@ -149,7 +149,6 @@ class ImageClassifier(pl.LightningModule):
             seed=view_seed,
             image_size_px=image_size_px,
         )
-        self.to(memory_format=torch.channels_last)
 
         self.register_buffer("mean", _channels(IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", _channels(IMAGENET_STD), persistent=False)

@@ -103,6 +103,18 @@ class FeatureCache:
             return None
         return settle(_channels_second(features), self.data.device)
 
+    def stored(self, split: str, epoch: int = 0) -> Tensor | None:
+        """Return what ``features`` does if it is at hand; compute nothing.
+
+        Args:
+            split: ``train`` or ``val``.
+            epoch: Counted from 0.
+        """
+        if self.store is None or self.cut == 0:
+            return None
+        found = self.store.find(self._key(split, epoch, self.cut))
+        return None if found is None else settle(_channels_second(found), self.data.device)
+
     def _features(self, split: str, epoch: int) -> tuple[Tensor | None, str]:
         if self.cut == 0:
             return None, "nothing is frozen"

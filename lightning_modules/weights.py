@@ -163,7 +163,7 @@ def initial_backbone(
     """Return what ``load_weights`` does, frozen below a depth; read once a process.
 
     The frozen stages are the same modules each time, since nobody changes them; the others are
-    copies of their own.
+    copies of their own. Their weights are channels last.
 
     Args:
         backbone: One of ``BACKBONES``.
@@ -204,7 +204,8 @@ def num_initial_backbones() -> int:
 def _initial(
     backbone: str, path: Path | None, version: tuple[int, int], seed: int, image_size_px: int
 ) -> Backbone:
-    return load_weights(backbone, path, seed=seed, image_size_px=image_size_px)
+    initial = load_weights(backbone, path, seed=seed, image_size_px=image_size_px)
+    return initial.to(memory_format=torch.channels_last)
 
 
 @functools.lru_cache(maxsize=64)

@@ -401,3 +401,49 @@ def test_when_the_worker_that_computes_dies_another_takes_over(make: Make) -> No
     thread.join(60)
     assert got[0] is not None
     assert waiting.outcome == "computed and cached"
+
+
+def test_what_is_stored_is_found_again_and_nothing_else_is_computed(make: Make) -> None:
+    cache = make()
+    assert cache.store is not None
+    assert cache.stored("val") is None
+    assert not cache.store.folder.exists()
+    features = cache.features("val", 0)
+    found = make(seed=6).stored("val")
+    assert features is not None
+    assert found is not None
+    assert torch.equal(found, features)
+    assert make(cached=False).stored("val") is None
+    assert make(unfreeze_depth=5).stored("val") is None
+
+
+def test_pictures_score_validation_images_alike_with_stored_features_and_without(
+    make: Make, data: Data, tmp_path: Path
+) -> None:
+    from types import SimpleNamespace
+
+    from search.tuning import pictures
+
+    manifest, pack = data
+    run: Any = SimpleNamespace(
+        sweep=SimpleNamespace(resources=SimpleNamespace(feature_cache_gib=1.0)),
+        manifest=manifest,
+        pack=Pack(pack.path, "0" * 64, SIDE_PX, {}),
+        weights={"mobilenet_v2": SimpleNamespace(digest="w")},
+        precisions={"mobilenet_v2": "32-true"},
+        on_gpu=False,
+        started=current_moment(),
+    )
+    cache = make()
+    module = cache.module.eval()
+    rows = manifest.rows("val")
+    places = np.arange(0, len(rows), 2)
+    images = np.asarray(pack.images()[rows[places]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "feature_store", lambda *_, **__: cache.store)
+        computed = pictures._logits(images, torch.from_numpy(places), module, run)
+        cache.features("val", 0)
+        patch.setattr(pictures, "_intensities", None)  # the images are not looked at any more
+        looked_up = pictures._logits(images, torch.from_numpy(places), module, run)
+    assert computed.shape == (len(places), 3)
+    assert torch.equal(looked_up, computed)

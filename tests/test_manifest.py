@@ -101,6 +101,15 @@ def test_classes_named_none_and_na_are_classes(tmp_path: Path) -> None:
     assert got.classes == ("NA", "None", "null")
 
 
+def test_classes_count_in_the_order_of_their_code_points(tmp_path: Path) -> None:
+    # In UTF-16 the bone (U+1F9B4) would come before the ligature (U+FB01).
+    names = ["\ufb01", "é", "Z", "\U0001f9b4", "a", "10", "9"]
+    rows = "".join(f"{i}.png,{name}\n" for i, name in enumerate(names))
+    got = read_manifest(write_csv(tmp_path, f"path,label\n{rows}"))
+    assert got.classes == ("10", "9", "Z", "a", "é", "\ufb01", "\U0001f9b4")
+    assert [got.classes[index] for index in got.labels()] == names
+
+
 def test_nan_in_split_means_unassigned(tmp_path: Path) -> None:
     got = read_manifest(write_csv(tmp_path, "path,label,split\n1.png,a,nan\n2.png,b,\n"))
     assert got.frame["split"].tolist() == ["", ""]

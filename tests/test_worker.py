@@ -113,3 +113,17 @@ def test_a_leaking_worker_ends_with_its_trial(result: dict[str, Any], reused: bo
     scheduler.on_trial_add(controller, trial)
     scheduler.on_trial_result(SimpleNamespace(_tune_controller=controller), trial, result)
     assert controller._started_actors == ({"a", "b"} if reused else {"b"})
+
+
+def test_installed_packages_are_looked_through_for_callbacks_once_a_process() -> None:
+    from pytorch_lightning import Trainer
+
+    from search.tuning.trial import cached_entry_points as lookup
+
+    for _ in range(2):
+        Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    before = lookup.cache_info()
+    Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    after = lookup.cache_info()
+    assert after.hits > before.hits
+    assert after.misses == before.misses

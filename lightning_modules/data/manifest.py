@@ -74,7 +74,7 @@ class Manifest:
     @property
     def classes(self) -> tuple[str, ...]:
         """The labels that occur, sorted by code point; a class index counts in this order."""
-        return tuple(sorted(set(self.frame["label"])))
+        return tuple(sorted(self.frame["label"].unique()))
 
     @property
     def digest(self) -> str:
@@ -97,7 +97,7 @@ class Manifest:
 
     def labels(self) -> Rows:
         """Return the class index of every row."""
-        codes = pd.Categorical(self.frame["label"], categories=list(self.classes)).codes
+        codes, _ = pd.factorize(self.frame["label"], sort=True)
         return np.asarray(codes, dtype=np.int64)
 
     def rows(self, split: str) -> Rows:

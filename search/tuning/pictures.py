@@ -18,15 +18,16 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.calibration import softmax
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data.manifest import Manifest
-from lightning_modules.data.pack import Pack
+from lightning_modules.data.datamodule import PackDataModule, take_rows
 from lightning_modules.explain import enlarge, grad_cam
+from lightning_modules.feature_cache import FeatureCache
 from search.bundles.export import load_trial
 from search.explanation.gallery import draw_overlay
 from search.results import with_checkpoint
 from search.study.record import Record
 from search.study.recorded import Epoch, Trial
 from search.tuning.figures import draw_confusion, draw_pairs, draw_reliability, tile
+from search.tuning.trial import Run, feature_store
 from search.tuning.trial_board import CONFUSION_TAG
 
 MAX_MISTAKES = 8
@@ -35,7 +36,9 @@ NUM_VIEWS = 16
 # Validation images that are looked through for mistakes, evenly spaced. The confusion matrix is
 # the record's, of all of them.
 MAX_IMAGES = 512
-BATCH_SIZE = 64
+
+# So few stay in a CPU's cache: with 64, a network takes one and a half times as long.
+BATCH_SIZE = 32
 
 # 16 views of this side take at most 100 KiB as PNG: a run stays below 1 MB at any image size.
 MAX_VIEW_PX = 80
@@ -44,15 +47,14 @@ MAX_VIEW_PX = 80
 FILE_SUFFIX = ".pictures"
 
 
-def draw_kept(record: Record, manifest: Manifest, pack: Pack, tell: Callable[[str], None]) -> None:
+def draw_kept(record: Record, run: Run, tell: Callable[[str], None]) -> None:
     """Draw every trial that kept its checkpoint, and take the pictures of others away.
 
     Nothing is drawn before every trial has ended. What cannot be drawn is told, and no harm done.
 
     Args:
         record: The sweep's.
-        manifest: Its images, split.
-        pack: Its images, decoded.
+        run: What its trials shared.
         tell: Given a line for the user.
     """
     trials = record.trials()
@@ -77,7 +79,7 @@ def draw_kept(record: Record, manifest: Manifest, pack: Pack, tell: Callable[[st
             if is_drawn and trial not in kept:
                 files.remove(drawn[trial.name])
             elif trial in kept and not is_drawn:
-                _draw(record, trial, manifest, pack, device)
+                _draw(record, trial, run, device)
         except Exception as error:  # the sweep has ended well: pictures must not change that
             reason = (str(error).splitlines() or [""])[0]
             tell(f"pictures of trial {trial.number:05d} left out: {type(error).__name__}: {reason}")
@@ -92,49 +94,42 @@ def worst_mistakes(
     return [int(index) for index in by_confidence if wrong[index]][:num_most]
 
 
-def _draw(
-    record: Record, trial: Trial, manifest: Manifest, pack: Pack, device: torch.device
-) -> None:
+def _draw(record: Record, trial: Trial, run: Run, device: torch.device) -> None:
     sweep = record.sweep
     best = trial.best_epoch(sweep.metric, sweep.mode)
     assert best is not None  # noqa: S101  it has a checkpoint; narrows the type
-    module = load_trial(record, trial, manifest).to(device)
+    module = load_trial(record, trial, run.manifest).to(device)
     with tempfile.TemporaryDirectory(prefix="neurosweep-pictures-") as folder:
         with SummaryWriter(folder, filename_suffix=FILE_SUFFIX) as writer:
-            _add_validation(writer, best, module, manifest, pack)
+            _add_validation(writer, best, module, run)
             for epoch in sorted({1, (1 + best.epoch) // 2, best.epoch}):
-                views = _views(module, manifest, pack, epoch)
+                views = _views(module, run, epoch)
                 writer.add_image("pictures/augmented training images", views, epoch)
         for path in Path(folder).iterdir():
             sweep.files.write(f"tensorboard/{trial.name}/{path.name}", path.read_bytes())
 
 
-def _add_validation(
-    writer: SummaryWriter, best: Epoch, module: ImageClassifier, manifest: Manifest, pack: Pack
-) -> None:
+def _add_validation(writer: SummaryWriter, best: Epoch, module: ImageClassifier, run: Run) -> None:
     """Add what the network makes of the validation images."""
-    classes, step = manifest.classes, best.epoch
+    classes, step = run.manifest.classes, best.epoch
     writer.add_image(CONFUSION_TAG, draw_confusion(np.asarray(best.confusion), classes), step)
-    rows = manifest.rows("val")
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).astype(int))]
-    images = np.asarray(pack.images()[rows])
-    labels = manifest.labels()[rows]
-    network = BundledNetwork(module.backbone, module.head).to(module.device)
-    with torch.inference_mode():
-        batches = torch.from_numpy(images).split(BATCH_SIZE)
-        logits = [network(_intensities(batch, module)).float().cpu() for batch in batches]
-    probabilities = softmax(torch.cat(logits).numpy())
+    rows = run.manifest.rows("val")
+    places = np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).astype(int)
+    rows = rows[places]
+    images = np.asarray(run.pack.images()[rows])
+    labels = run.manifest.labels()[rows]
+    probabilities = softmax(_logits(images, torch.from_numpy(places), module, run).numpy())
     writer.add_image("pictures/reliability", draw_reliability(probabilities, labels), step)
     wrong = worst_mistakes(probabilities, labels, MAX_MISTAKES)
     if not wrong:
         return
     decided = probabilities[wrong].argmax(axis=1)
     maps = grad_cam(
-        network,
+        BundledNetwork(module.backbone, module.head).to(module.device),
         _intensities(torch.from_numpy(images[wrong]), module),
         torch.from_numpy(decided).to(module.device),
     )
-    values = enlarge(maps.float(), pack.image_size_px).cpu().numpy()
+    values = enlarge(maps.float(), run.pack.image_size_px).cpu().numpy()
     overlays = [draw_overlay(image, v) for image, v in zip(images[wrong], values, strict=True)]
     captions = [
         f"{classes[labels[index]]}, taken for {classes[guess]} {probabilities[index, guess]:.2f}"
@@ -144,16 +139,51 @@ def _add_validation(
     writer.add_image("pictures/misclassified beside Grad-CAM", sheet, step)
 
 
+def _logits(
+    images: npt.NDArray[np.uint8], places: Tensor, module: ImageClassifier, run: Run
+) -> Tensor:
+    """Return the logits of validation images, from the frozen stages' features if they are here.
+
+    Args:
+        images: Shape ``(B, H, W)``.
+        places: Where among all of them they are.
+        module: The trial's, at its best epoch.
+        run: What the trials shared.
+    """
+    backbone = module.backbone.name
+    precision = run.precisions[backbone]
+    cache = FeatureCache(
+        module,
+        PackDataModule(run.manifest, run.pack, batch_size=BATCH_SIZE, seed=0),
+        store=feature_store(run.sweep.resources.feature_cache_gib, since=run.started),
+        weights_digest=run.weights[backbone].digest,
+        precision=precision,
+        views_are_shared=True,
+    )
+    # As it was trained; on a device of another kind in float32, which each of them computes fast.
+    is_bf16 = precision == "bf16-mixed" and run.on_gpu == (module.device.type == "cuda")
+    with (
+        torch.inference_mode(),
+        torch.autocast(module.device.type, torch.bfloat16, enabled=is_bf16),
+    ):
+        stored = cache.stored("val")
+        if stored is None:
+            batches = torch.from_numpy(images).split(BATCH_SIZE)
+            parts = [module(_intensities(batch, module)) for batch in batches]
+        else:
+            blocks = places.split(BATCH_SIZE)
+            parts = [module.logits(take_rows(stored, b).to(module.device)) for b in blocks]
+    return torch.cat(parts).float().cpu()
+
+
 def _intensities(images: Tensor, module: ImageClassifier) -> Tensor:
     return images.unsqueeze(1).to(module.device).float() / 255
 
 
-def _views(
-    module: ImageClassifier, manifest: Manifest, pack: Pack, epoch: int
-) -> npt.NDArray[np.uint8]:
+def _views(module: ImageClassifier, run: Run, epoch: int) -> npt.NDArray[np.uint8]:
     """Return what some training images looked like to the network in an epoch, from 1."""
-    rows = manifest.rows("train")[:NUM_VIEWS]
-    images = torch.from_numpy(np.asarray(pack.images()[rows])).unsqueeze(1).to(module.device)
+    rows = run.manifest.rows("train")[:NUM_VIEWS]
+    images = torch.from_numpy(np.asarray(run.pack.images()[rows])).unsqueeze(1).to(module.device)
     samples = torch.from_numpy(rows).to(module.device)
     views = module.views(images, epoch=epoch - 1, samples=samples).float()
     if views.shape[-1] > MAX_VIEW_PX:

@@ -329,7 +329,7 @@ def _run(
     )
     if is_new:
         _record_actual(record, time.monotonic() - start_s)
-    draw_kept(record, run.manifest, run.pack, tell)
+    draw_kept(record, run, tell)
 
 
 def _record_actual(record: Record, duration_s: float) -> None:
