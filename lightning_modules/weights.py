@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lightning_modules.backbones import Backbone, freeze_below
 from lightning_modules.errors import InputError
@@ -177,7 +178,15 @@ def initial_backbone(
     """
     initial = _initial(backbone, path, _version_of(path), seed, image_size_px)
     frozen = freeze_below(list(initial.stages), unfreeze_depth)
-    copied = copy.deepcopy(initial, memo={id(stage): stage for stage in frozen})
+    memo: dict[int, object] = {id(stage): stage for stage in frozen}
+    # Copied one by one, a network's tensors, and the dozen empty mappings of each of its modules,
+    # take most of a trial's start.
+    for stage in initial.stages[len(frozen) :]:
+        memo |= {id(p): nn.Parameter(p.detach().clone()) for p in stage.parameters()}
+        memo |= {id(buffer): buffer.clone() for buffer in stage.buffers()}
+        mappings = (value for module in stage.modules() for value in vars(module).values())
+        memo |= {id(value): type(value)() for value in mappings if value == {}}
+    copied = copy.deepcopy(initial, memo)
     for stage in copied.stages[len(frozen) :]:
         stage.requires_grad_(True).train()
     return copied
