@@ -63,19 +63,13 @@ def prepare_data(sweep: Sweep, progress: Progress | None = None) -> tuple[Manife
     return manifest, pack
 
 
-def check_leakage(
-    sweep: Sweep,
-    manifest: Manifest,
-    pack: Pack,
-    progress: Progress | None = None,
-) -> dict[str, int]:
+def check_leakage(sweep: Sweep, manifest: Manifest, pack: Pack) -> dict[str, int]:
     """Refuse images that show one picture in two splits, unless the sweep allows it.
 
     Args:
         sweep: Says what becomes of them.
         manifest: With its splits.
         pack: Its images.
-        progress: Called with what is done, steps done, and steps in all.
 
     Returns:
         For the record: ``pictures`` that lie in two splits, and the ``images`` of them; empty if
@@ -84,7 +78,7 @@ def check_leakage(
     Raises:
         InputError: If there are any; it names the first.
     """
-    leaks = clusters_with_several(manifest, _duplicates(pack, progress).near, "split")
+    leaks = clusters_with_several(manifest, _duplicates(pack, None).near, "split")
     if not leaks:
         return {}
     if sweep.data.duplicates != "allow":

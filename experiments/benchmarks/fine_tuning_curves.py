@@ -5,7 +5,8 @@
 Every point of a grid is trained with several seeds, to its end, by the product itself: a sweep
 whose trials are given instead of drawn. ``search_quality.py --problem fine-tuning`` searches the
 table. It can be interrupted: the same command goes on, or, with fewer ``--seeds``, makes a table of
-those that are there. A seed sets head, batch order, dropout, and augmented images.
+those that are there. With ``--extend`` seeds that the table has already are not trained again. A
+seed sets head, batch order, dropout, and augmented images.
 """
 
 import argparse
@@ -58,11 +59,11 @@ def begin(storage: Path, data: Path, weights: Path) -> None:
     launch(path, data=data, weights=weights, storage=storage, set=settings)
 
 
-def train(storage: Path, num_seeds: int) -> Record:
+def train(storage: Path, seeds: range) -> Record:
     """Give the sweep the points that it lacks, and run what has not ended."""
     record = Record.open(open_sweep(NAME, storage))
     there = {(trial.params, trial.seed): trial.state for trial in record.trials()}
-    points = [*points_of(record.sweep.params, num_seeds)]
+    points = [*points_of(record.sweep.params, seeds)]
     if all(there.get(point, "running") != "running" for point in points):
         return record
     sweep = record.sweep
@@ -71,8 +72,7 @@ def train(storage: Path, num_seeds: int) -> Record:
 
     with lock(sweep), (record := Record.open(sweep)).being_written():
         view_seeds = {
-            derive_seed("curves", index): derive_seed("curves, views", index)
-            for index in range(num_seeds)
+            derive_seed("curves", index): derive_seed("curves, views", index) for index in seeds
         }
         for params, seed in points:
             if (params, seed) not in there:
@@ -83,19 +83,19 @@ def train(storage: Path, num_seeds: int) -> Record:
     return record
 
 
-def points_of(base: TrialParams, num_seeds: int) -> Iterator[tuple[TrialParams, int]]:
+def points_of(base: TrialParams, seeds: range) -> Iterator[tuple[TrialParams, int]]:
     """Yield params and seed of each point, seed by seed: what is there early covers the grid."""
-    for index, *values in itertools.product(range(num_seeds), *GRID.values()):
+    for index, *values in itertools.product(seeds, *GRID.values()):
         params = dataclasses.replace(base, **dict(zip(GRID, values, strict=True)))
         yield params, derive_seed("curves", index)
 
 
-def table_of(record: Record, num_seeds: int) -> list[Any]:
+def table_of(record: Record, seeds: range) -> list[Any]:
     """Return val macro-F1: depths x learning rates x dropouts x seeds x epochs.
 
     What has diverged scores 0 from there on.
     """
-    points = {*points_of(record.sweep.params, num_seeds)}
+    points = {*points_of(record.sweep.params, seeds)}
     curves = {}
     for trial in record.trials():
         if (trial.params, trial.seed) not in points:
@@ -109,11 +109,23 @@ def table_of(record: Record, num_seeds: int) -> list[Any]:
     def nested(values: dict[str, Any], names: list[str]) -> list[Any]:
         if not names:
             params = dataclasses.replace(base, **values)
-            return [curves[params, derive_seed("curves", index)] for index in range(num_seeds)]
+            return [curves[params, derive_seed("curves", index)] for index in seeds]
         first, *others = names
         return [nested({**values, first: value}, others) for value in GRID[first]]
 
     return nested({}, list(GRID))
+
+
+def joined(one: list[Any], other: list[Any]) -> list[Any]:
+    """Return two tables as one: the seeds of the first, then those of the second."""
+    levels = len(GRID)
+
+    def join(a: list[Any], b: list[Any], level: int) -> list[Any]:
+        if level == levels:
+            return a + b
+        return [join(x, y, level + 1) for x, y in zip(a, b, strict=True)]
+
+    return join(one, other, 0)
 
 
 def main() -> None:
@@ -125,12 +137,18 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).with_name("results") / "fine_tuning_curves.json"
     )
+    parser.add_argument("--extend", action="store_true", help="keep the seeds of the table")
     options = parser.parse_args()
     facts = provenance("torch", "ray", "optuna", "pytorch-lightning")
     start_s = time.monotonic()
+    before: dict[str, Any] = json.loads(options.out.read_text()) if options.extend else {}
+    if before and before["grid"] != GRID:
+        sys.exit(f"{options.out} has another grid: leave out --extend")
+    seeds = range(before.get("num_seeds", 0), options.seeds)
     if not (options.storage / NAME / "sweep.yaml").is_file():
         begin(options.storage, options.data, options.weights)
-    record = train(options.storage, options.seeds)
+    record = train(options.storage, seeds)
+    values = table_of(record, seeds)
     table = {
         **facts,
         "wall_s_of_last_run": time.monotonic() - start_s,
@@ -138,8 +156,10 @@ def main() -> None:
         "image_size_px": record.sweep.data.image_size_px,
         "num_seeds": options.seeds,
         "grid": GRID,
-        "val_macro_f1": table_of(record, options.seeds),
+        "val_macro_f1": joined(before["val_macro_f1"], values) if before else values,
     }
+    if before:
+        table["earlier_seeds"] = {key: before[key] for key in ("date", "commit", "hardware")}
     options.out.write_text(json.dumps(table) + "\n")
 
 
