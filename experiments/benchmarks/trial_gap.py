@@ -19,7 +19,7 @@ from typing import Any
 from measurement import provenance
 
 DEPTHS = (0, 1, 3)
-NUM_TRIALS = 12  # of each depth
+NUM_TRIALS = 24  # of each depth
 
 
 def timed_trial(config: dict[str, Any], *, run: Any, log: str) -> None:
