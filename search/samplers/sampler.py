@@ -13,7 +13,6 @@ from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import cmaes  # type: ignore[import-untyped]
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
@@ -231,6 +230,9 @@ class _CmaEsSampler(SpaceSampler):
     ) -> dict[str, Any]:
         if not search_space:
             return {}
+        # Here, not above: it takes a second to import, and most commands draw nothing.
+        import cmaes  # type: ignore[import-untyped]
+
         dimension = len(self._numeric)
         optimizer = cmaes.CMA(
             mean=np.full(dimension, 0.5),

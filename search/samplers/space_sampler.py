@@ -8,7 +8,6 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import qmc  # type: ignore[import-untyped]
 
 from lightning_modules.errors import InputError
 from lightning_modules.seeds import derive_seed
@@ -165,6 +164,9 @@ def sobol_point(space: Space, seed: int, index: int) -> dict[str, Any]:
     Returns:
         The value of each parameter.
     """
+    # Here, not above: it takes a second to import, and most commands draw nothing.
+    from scipy.stats import qmc  # type: ignore[import-untyped]
+
     engine = qmc.Sobol(len(space), scramble=True, rng=np.random.default_rng(seed))
     if index:
         engine.fast_forward(index)
