@@ -374,6 +374,7 @@ def test_a_frozen_stage_is_bit_identical_after_fit_and_a_trained_one_is_not(
         assert not any(child.training for child in stage.modules())
 
 
+@pytest.mark.slow
 def test_embeddings_biases_and_norms_are_not_decayed() -> None:
     module = ImageClassifier(
         backbone="vit_b_16", num_classes=3, image_size_px=32, unfreeze_depth=5, weight_decay=0.25
@@ -417,6 +418,7 @@ def test_an_image_that_patches_do_not_cover_is_an_error(size: int, remedy: str) 
     )
 
 
+@pytest.mark.slow
 def test_images_of_other_sizes_suit_the_other_backbones() -> None:
     for name in STAGE_SIDES_PX:
         with torch.device("meta"):

@@ -659,6 +659,7 @@ def test_an_image_that_is_none_is_named(
     assert refused(capsys, "predict", folder, "folder") == "folder is not a plain file"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code"),
     [

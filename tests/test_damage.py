@@ -181,6 +181,7 @@ def check_anywhere(tmp_path: Path, history: History, name: str, every: int, cut:
         assert cuts_to["earlier"] == sum(cuts_to.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["study.db", "study.db-wal"])
 def test_a_record_cut_or_flipped_here_and_there_is_good_or_refused(
     tmp_path: Path, history: History, name: str

@@ -118,6 +118,7 @@ def train(data: Data, limit: float, **changes: Any) -> ImageClassifier:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -193,6 +193,7 @@ def drawn(costs: dict[str, float], num_trials: int = 40) -> list[dict[str, Any]]
     return [trial.params for trial in study.trials]
 
 
+@pytest.mark.slow
 def test_both_backbones_are_tuned_where_cost_counts_and_one_where_it_does_not() -> None:
     both = drawn({"mobilenet_v2": 2.0, "resnet50": 16.0})
     cheap = [p["x"] for p in both[10:] if p["backbone"] == "mobilenet_v2"]

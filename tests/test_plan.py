@@ -123,6 +123,7 @@ def test_as_many_slots_take_that_much_less_time() -> None:
     assert durations == [180, 90, 60, 30, 30]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["val_macro_f1", "val_loss"])
 def test_simulated_epochs_are_those_of_chance_where_the_sampler_does_not_learn(
     metric: str,
@@ -142,6 +143,7 @@ def test_simulated_epochs_are_those_of_chance_where_the_sampler_does_not_learn(
     assert 32 * 3 <= epochs.low < epochs.middle < epochs.high <= 32 * 12
 
 
+@pytest.mark.slow
 def test_a_sampler_that_learns_runs_more_epochs() -> None:
     costs = {("mobilenet_v2", 5): cost(train_s=1)}
     rules = SchedulerSettings(grace_period_epochs=1, reduction_factor=3)
@@ -157,6 +159,7 @@ def test_a_sampler_that_learns_runs_more_epochs() -> None:
     assert learning > chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 def test_trials_that_no_result_decides_are_foreseen_with_their_own_params(
     sampler: str, tmp_path: Path
@@ -259,6 +262,7 @@ def test_a_plan_is_the_same_every_time() -> None:
     assert foretell(searched, setting(costs)) == foretell(searched, setting(costs))
 
 
+@pytest.mark.slow
 def test_a_budget_gets_the_most_trials_whose_upper_bound_fits() -> None:
     costs = {("mobilenet_v2", 5): cost(train_s=1)}
     chosen = fitting_num_trials(sweep(4), setting(costs), 600.0)

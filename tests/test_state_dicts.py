@@ -88,6 +88,7 @@ def test_a_file_loads_bit_for_bit(tmp_path: Path, suffix: str) -> None:
     assert torch.equal(backbone.stages[2][1].conv[0][0].weight, state[MIDDLE])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_backbone_and_a_head_load_strictly_into_torchvisions_network(
     tmp_path: Path, name: str
