@@ -179,8 +179,8 @@ def initial_backbone(
     initial = _initial(backbone, path, _version_of(path), seed, image_size_px)
     frozen = freeze_below(list(initial.stages), unfreeze_depth)
     memo: dict[int, object] = {id(stage): stage for stage in frozen}
-    # Copied one by one, a network's tensors, and the dozen empty mappings of each of its modules,
-    # take most of a trial's start.
+    # deepcopy takes long for tensors, and for the dozen empty mappings of each module: they are
+    # copied here.
     for stage in initial.stages[len(frozen) :]:
         memo |= {id(p): nn.Parameter(p.detach().clone()) for p in stage.parameters()}
         memo |= {id(buffer): buffer.clone() for buffer in stage.buffers()}

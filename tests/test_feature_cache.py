@@ -417,8 +417,9 @@ def test_what_is_stored_is_found_again_and_nothing_else_is_computed(make: Make) 
     assert make(unfreeze_depth=5).stored("val") is None
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_pictures_score_validation_images_alike_with_stored_features_and_without(
-    make: Make, data: Data, tmp_path: Path
+    make: Make, data: Data, precision: str
 ) -> None:
     from types import SimpleNamespace
 
@@ -430,20 +431,29 @@ def test_pictures_score_validation_images_alike_with_stored_features_and_without
         manifest=manifest,
         pack=Pack(pack.path, "0" * 64, SIDE_PX, {}),
         weights={"mobilenet_v2": SimpleNamespace(digest="w")},
-        precisions={"mobilenet_v2": "32-true"},
+        precisions={"mobilenet_v2": precision},
         on_gpu=False,
         started=current_moment(),
     )
-    cache = make()
+    cache = make(precision=precision)
     module = cache.module.eval()
     rows = manifest.rows("val")
     places = np.arange(0, len(rows), 2)
     images = np.asarray(pack.images()[rows[places]])
+    is_bf16 = precision == "bf16-mixed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "feature_store", lambda *_, **__: cache.store)
         computed = pictures._logits(images, torch.from_numpy(places), module, run)
-        cache.features("val", 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            assert cache.features("val", 0) is not None
+        # Trials on GPUs, drawn without one: in float32, whatever is stored.
+        run.on_gpu = True
+        in_float32 = pictures._logits(images, torch.from_numpy(places), module, run)
+        run.on_gpu = False
         patch.setattr(pictures, "_intensities", None)  # the images are not looked at any more
         looked_up = pictures._logits(images, torch.from_numpy(places), module, run)
     assert computed.shape == (len(places), 3)
     assert torch.equal(looked_up, computed)
+    assert torch.equal(in_float32, computed) != is_bf16
+    with torch.inference_mode():
+        assert torch.equal(in_float32, module(torch.from_numpy(images).unsqueeze(1) / 255))

@@ -23,7 +23,7 @@ from lightning_modules.errors import InputError
 from lightning_modules.stages import BACKBONES
 from lightning_modules.state_dicts import digest_of, read_state_dict
 from lightning_modules.weight_files import IMAGENET_WEIGHTS
-from lightning_modules.weights import WeightOrigin, find_weights, load_weights
+from lightning_modules.weights import WeightOrigin, find_weights, initial_backbone, load_weights
 
 State = dict[str, Tensor]
 NAME = "mobilenet_v2"
@@ -127,6 +127,24 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
     torch.manual_seed(99)
     assert digest_of(load_weights(NAME, None, seed=5)) == one
     assert digest_of(load_weights(NAME, None, seed=6)) != one
+
+
+def test_trained_and_frozen_weights_of_a_trial_are_channels_last_and_its_own_where_trained() -> (
+    None
+):
+    one, other = (
+        initial_backbone("resnet50", None, seed=0, unfreeze_depth=1, image_size_px=32)
+        for _ in range(2)
+    )
+    assert one.stages[3] is other.stages[3]
+    trained, others = (net.stages[4][0][0].conv2.weight for net in (one, other))
+    assert trained.shape == (512, 512, 3, 3)
+    assert trained.requires_grad
+    assert trained.data_ptr() != others.data_ptr()
+    assert torch.equal(trained, others)
+    for weight in (trained, one.stages[3][0][0].conv2.weight):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
 
 
 def test_the_digest_changes_with_one_bit_a_name_a_type_or_a_shape() -> None:

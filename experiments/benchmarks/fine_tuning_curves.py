@@ -142,8 +142,8 @@ def main() -> None:
     facts = provenance("torch", "ray", "optuna", "pytorch-lightning")
     start_s = time.monotonic()
     before: dict[str, Any] = json.loads(options.out.read_text()) if options.extend else {}
-    if before and before["grid"] != GRID:
-        sys.exit(f"{options.out} has another grid: leave out --extend")
+    if before and (before["grid"] != GRID or before["num_seeds"] >= options.seeds):
+        sys.exit(f"{options.out} has another grid, or so many seeds: leave out --extend")
     seeds = range(before.get("num_seeds", 0), options.seeds)
     if not (options.storage / NAME / "sweep.yaml").is_file():
         begin(options.storage, options.data, options.weights)
@@ -159,7 +159,8 @@ def main() -> None:
         "val_macro_f1": joined(before["val_macro_f1"], values) if before else values,
     }
     if before:
-        table["earlier_seeds"] = {key: before[key] for key in ("date", "commit", "hardware")}
+        earlier = {key: before[key] for key in ("date", "commit", "hardware", "num_seeds")}
+        table["earlier"] = [*before.get("earlier", []), earlier]
     options.out.write_text(json.dumps(table) + "\n")
 
 

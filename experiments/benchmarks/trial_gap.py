@@ -1,11 +1,12 @@
-"""How long does a warm worker take from one real trial's end to the next one's first step?
+"""How long does a warm worker take from one real trial's end to the next one's first steps?
 
     uv run python experiments/benchmarks/trial_gap.py --out trial_gap.json
 
 ``scale.py`` has trials that sleep: what Ray and the record take. A real trial then builds its
 module and Lightning's Trainer, too. Here one worker trains MobileNetV2 on simulated slices, some
-trials of each depth, two epochs each. From when the last epoch is reported until the next trial's
-first step begins, on the worker's own clock; a worker's first trial begins nothing.
+trials of each depth, two epochs each. From when the last epoch is reported until Lightning hands
+the next trial its first steps, on the worker's own clock; the features of its frozen stages are not
+looked up yet. What a worker's first trial takes is left out.
 """
 
 import argparse

@@ -142,7 +142,9 @@ def _add_validation(writer: SummaryWriter, best: Epoch, module: ImageClassifier,
 def _logits(
     images: npt.NDArray[np.uint8], places: Tensor, module: ImageClassifier, run: Run
 ) -> Tensor:
-    """Return the logits of validation images, from the frozen stages' features if they are here.
+    """Return the logits of validation images.
+
+    On a CPU from the frozen stages' features if the trials have stored them; a GPU computes anew.
 
     Args:
         images: Shape ``(B, H, W)``.
@@ -161,12 +163,13 @@ def _logits(
         views_are_shared=True,
     )
     # As it was trained; on a device of another kind in float32, which each of them computes fast.
-    is_bf16 = precision == "bf16-mixed" and run.on_gpu == (module.device.type == "cuda")
+    is_alike = run.on_gpu == (module.device.type == "cuda")
+    is_bf16 = is_alike and precision == "bf16-mixed"
     with (
         torch.inference_mode(),
         torch.autocast(module.device.type, torch.bfloat16, enabled=is_bf16),
     ):
-        stored = cache.stored("val")
+        stored = cache.stored("val") if is_alike else None
         if stored is None:
             batches = torch.from_numpy(images).split(BATCH_SIZE)
             parts = [module(_intensities(batch, module)) for batch in batches]

@@ -58,7 +58,7 @@ logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 # Each Trainer asks all installed packages for callbacks, which takes a quarter of the time until a
 # warm worker's first step. They stay what they are while the process lives.
 cached_entry_points = functools.cache(importlib.metadata.entry_points)
-registry.entry_points = cached_entry_points  # type: ignore[assignment,attr-defined]  # no switch
+registry.entry_points = cached_entry_points  # type: ignore[assignment,attr-defined]  # no option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,9 +76,6 @@ ENV_VARS_TO_PROPAGATE.difference_update(
     {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 )
 
-# So many are compared with each other for long enough to wonder.
-MANY_IMAGES = 4000
-
 Tell = Callable[[str], None]
 
 
@@ -217,8 +214,6 @@ def _look(
         for reason in origin.passed_over:
             tell(f"        {reason}")
     _tell_data(manifest, pack, tell)
-    if len(manifest.frame) >= MANY_IMAGES:
-        tell("        all are compared with each other, once: of 20,000 that takes minutes")
     leakage = check_leakage(sweep, manifest, pack)
     if leakage:
         tell(f"        {leakage['pictures']} pictures lie in two splits: scores flatter")
