@@ -299,7 +299,7 @@ class ImageClassifier(pl.LightningModule):
         """Score the validation images as they are."""
         parts, targets = [], []
         for batch in steps:
-            score = functools.partial(self._score, batch)
+            score = functools.partial(self.score, batch)
             parts.append(self.micro_batches.shrink_to_fit(score, len(batch.labels)))
             targets.append(batch.labels)
         logits, labels = torch.cat(parts), torch.cat(targets)
@@ -331,7 +331,8 @@ class ImageClassifier(pl.LightningModule):
             num_images, self.head.in_features, p=self.dropout.p, seed=seed, like=self.head.weight
         )
 
-    def _score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> Tensor:
+        """Return the logits ``(B, num_classes)``, float32, of images as they are."""
         parts = self.micro_batches.parts(batch)
         return torch.cat([self.logits(self._features(b, epoch=None)).float() for b in parts])
 

@@ -188,7 +188,7 @@ def initial_backbone(
         memo |= {id(value): type(value)() for value in mappings if value == {}}
     copied = copy.deepcopy(initial, memo)
     for stage in copied.stages[len(frozen) :]:
-        stage.requires_grad_(True).train()
+        stage.train()
     return copied
 
 

@@ -78,7 +78,7 @@ def check_leakage(sweep: Sweep, manifest: Manifest, pack: Pack) -> dict[str, int
     Raises:
         InputError: If there are any; it names the first.
     """
-    leaks = clusters_with_several(manifest, _duplicates(pack, None).near, "split")
+    leaks = clusters_with_several(manifest, _duplicates(pack).near, "split")
     if not leaks:
         return {}
     if sweep.data.duplicates != "allow":
@@ -121,7 +121,7 @@ def check_same_data(facts: Mapping[str, Any], manifest: Manifest, pack: Pack) ->
             )
 
 
-def _duplicates(pack: Pack, progress: Progress | None) -> Duplicates:
+def _duplicates(pack: Pack, progress: Progress | None = None) -> Duplicates:
     told = progress and functools.partial(progress, "comparing images")
     return duplicates_of(pack, default_cache_dir(), told)
 

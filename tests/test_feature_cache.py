@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_modules import feature_cache
 from lightning_modules.backbones import build_network
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.data import datamodule
 from lightning_modules.data.datamodule import PackDataModule
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
@@ -437,22 +438,21 @@ def test_pictures_score_validation_images_alike_with_stored_features_and_without
     )
     cache = make(precision=precision)
     module = cache.module.eval()
-    rows = manifest.rows("val")
-    places = np.arange(0, len(rows), 2)
-    images = np.asarray(pack.images()[rows[places]])
+    rows = manifest.rows("val")[::2].copy()
+    images = np.asarray(pack.images()[rows])
     is_bf16 = precision == "bf16-mixed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "feature_store", lambda *_, **__: cache.store)
-        computed = pictures._logits(images, torch.from_numpy(places), module, run)
+        computed = pictures._logits(rows, module, run)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             assert cache.features("val", 0) is not None
         # Trials on GPUs, drawn without one: in float32, whatever is stored.
         run.on_gpu = True
-        in_float32 = pictures._logits(images, torch.from_numpy(places), module, run)
+        in_float32 = pictures._logits(rows, module, run)
         run.on_gpu = False
-        patch.setattr(pictures, "_intensities", None)  # the images are not looked at any more
-        looked_up = pictures._logits(images, torch.from_numpy(places), module, run)
-    assert computed.shape == (len(places), 3)
+        patch.setattr(datamodule, "resident_images", None)  # none is looked at any more
+        looked_up = pictures._logits(rows, module, run)
+    assert computed.shape == (len(rows), 3)
     assert torch.equal(looked_up, computed)
     assert torch.equal(in_float32, computed) != is_bf16
     with torch.inference_mode():

@@ -129,9 +129,7 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
     assert digest_of(load_weights(NAME, None, seed=6)) != one
 
 
-def test_trained_and_frozen_weights_of_a_trial_are_channels_last_and_its_own_where_trained() -> (
-    None
-):
+def test_a_trials_weights_are_channels_last_and_its_own_where_trained() -> None:
     one, other = (
         initial_backbone("resnet50", None, seed=0, unfreeze_depth=1, image_size_px=32)
         for _ in range(2)

@@ -120,8 +120,7 @@ def test_installed_packages_are_looked_through_for_callbacks_once_a_process() ->
 
     from search.tuning.trial import cached_entry_points as lookup
 
-    for _ in range(2):
-        Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     before = lookup.cache_info()
     Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     after = lookup.cache_info()

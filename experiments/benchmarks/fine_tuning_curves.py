@@ -116,16 +116,11 @@ def table_of(record: Record, seeds: range) -> list[Any]:
     return nested({}, list(GRID))
 
 
-def joined(one: list[Any], other: list[Any]) -> list[Any]:
+def joined(one: list[Any], other: list[Any], levels: int = len(GRID)) -> list[Any]:
     """Return two tables as one: the seeds of the first, then those of the second."""
-    levels = len(GRID)
-
-    def join(a: list[Any], b: list[Any], level: int) -> list[Any]:
-        if level == levels:
-            return a + b
-        return [join(x, y, level + 1) for x, y in zip(a, b, strict=True)]
-
-    return join(one, other, 0)
+    if not levels:
+        return one + other
+    return [joined(a, b, levels - 1) for a, b in zip(one, other, strict=True)]
 
 
 def main() -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.calibration import softmax
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.data.datamodule import PackDataModule, take_rows
+from lightning_modules.data.datamodule import VAL_BATCH_SIZE, PackDataModule, Steps
 from lightning_modules.explain import enlarge, grad_cam
 from lightning_modules.feature_cache import FeatureCache
 from search.bundles.export import load_trial
@@ -36,9 +37,6 @@ NUM_VIEWS = 16
 # Validation images that are looked through for mistakes, evenly spaced. The confusion matrix is
 # the record's, of all of them.
 MAX_IMAGES = 512
-
-# So few stay in a CPU's cache: with 64, a network takes one and a half times as long.
-BATCH_SIZE = 32
 
 # 16 views of this side take at most 100 KiB as PNG: a run stays below 1 MB at any image size.
 MAX_VIEW_PX = 80
@@ -114,11 +112,10 @@ def _add_validation(writer: SummaryWriter, best: Epoch, module: ImageClassifier,
     classes, step = run.manifest.classes, best.epoch
     writer.add_image(CONFUSION_TAG, draw_confusion(np.asarray(best.confusion), classes), step)
     rows = run.manifest.rows("val")
-    places = np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).astype(int)
-    rows = rows[places]
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).astype(int)]
     images = np.asarray(run.pack.images()[rows])
     labels = run.manifest.labels()[rows]
-    probabilities = softmax(_logits(images, torch.from_numpy(places), module, run).numpy())
+    probabilities = softmax(_logits(rows, module, run).numpy())
     writer.add_image("pictures/reliability", draw_reliability(probabilities, labels), step)
     wrong = worst_mistakes(probabilities, labels, MAX_MISTAKES)
     if not wrong:
@@ -139,24 +136,22 @@ def _add_validation(writer: SummaryWriter, best: Epoch, module: ImageClassifier,
     writer.add_image("pictures/misclassified beside Grad-CAM", sheet, step)
 
 
-def _logits(
-    images: npt.NDArray[np.uint8], places: Tensor, module: ImageClassifier, run: Run
-) -> Tensor:
+def _logits(rows: npt.NDArray[np.int64], module: ImageClassifier, run: Run) -> Tensor:
     """Return the logits of validation images.
 
     On a CPU from the frozen stages' features if the trials have stored them; a GPU computes anew.
 
     Args:
-        images: Shape ``(B, H, W)``.
-        places: Where among all of them they are.
+        rows: The images' row numbers.
         module: The trial's, at its best epoch.
         run: What the trials shared.
     """
     backbone = module.backbone.name
     precision = run.precisions[backbone]
+    data = PackDataModule(run.manifest, run.pack, batch_size=VAL_BATCH_SIZE, seed=0)
     cache = FeatureCache(
         module,
-        PackDataModule(run.manifest, run.pack, batch_size=BATCH_SIZE, seed=0),
+        data,
         store=feature_store(run.sweep.resources.feature_cache_gib, since=run.started),
         weights_digest=run.weights[backbone].digest,
         precision=precision,
@@ -165,18 +160,16 @@ def _logits(
     # As it was trained; on a device of another kind in float32, which each of them computes fast.
     is_alike = run.on_gpu == (module.device.type == "cuda")
     is_bf16 = is_alike and precision == "bf16-mixed"
+    if is_alike:
+        data.features_of = cache.stored
+    batches = torch.from_numpy(rows).split(VAL_BATCH_SIZE)
     with (
         torch.inference_mode(),
         torch.autocast(module.device.type, torch.bfloat16, enabled=is_bf16),
     ):
-        stored = cache.stored("val") if is_alike else None
-        if stored is None:
-            batches = torch.from_numpy(images).split(BATCH_SIZE)
-            parts = [module(_intensities(batch, module)) for batch in batches]
-        else:
-            blocks = places.split(BATCH_SIZE)
-            parts = [module.logits(take_rows(stored, b).to(module.device)) for b in blocks]
-    return torch.cat(parts).float().cpu()
+        steps = Steps(batches, split="val", epoch=0, data=data)
+        logits = [module.score(move_data_to_device(batch, module.device)) for batch in steps]
+    return torch.cat(logits).cpu()
 
 
 def _intensities(images: Tensor, module: ImageClassifier) -> Tensor:
