@@ -22,6 +22,9 @@ from lightning_modules.stages import (
     check_image_size,
 )
 
+# Images that frozen stages are given at once on a GPU, for features that are kept.
+GPU_BLOCK = 256
+
 
 class Backbone(nn.Module):
     """A network without its head, as five stages in forward order.

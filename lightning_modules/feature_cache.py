@@ -18,13 +18,11 @@ from lightning_modules import (
     stages,
     state_dicts,
 )
+from lightning_modules.backbones import GPU_BLOCK
 from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
-from lightning_modules.data.datamodule import PackDataModule, settle, take_rows
+from lightning_modules.data.datamodule import PackDataModule, take_rows
 from lightning_modules.feature_store import Claim, FeatureStore
 from lightning_modules.files import code_digest_of
-
-# Images computed at once on a GPU.
-GPU_BLOCK = 256
 
 # While another worker computes an epoch's features, this one computes those of later epochs.
 AHEAD_EPOCHS = 3
@@ -101,7 +99,7 @@ class FeatureCache:
             self.outcome = outcome
         if features is None:
             return None
-        return settle(_channels_second(features), self.data.device)
+        return self.data.settle(_channels_second(features))
 
     def stored(self, split: str, epoch: int = 0) -> Tensor | None:
         """Return what ``features`` does if it is at hand; compute nothing.
@@ -113,7 +111,7 @@ class FeatureCache:
         if self.store is None or self.cut == 0:
             return None
         found = self.store.find(self._key(split, epoch, self.cut))
-        return None if found is None else settle(_channels_second(found), self.data.device)
+        return None if found is None else self.data.settle(_channels_second(found))
 
     def _features(self, split: str, epoch: int) -> tuple[Tensor | None, str]:
         if self.cut == 0:

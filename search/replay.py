@@ -119,7 +119,7 @@ def replay_trial(
         pack=pack,
         weights={backbone: local_weights(origin)},
         precisions=facts["measured"]["precisions"],
-        on_gpu=was_on_gpu and torch.cuda.is_available(),
+        gpu_share=1.0 if was_on_gpu and torch.cuda.is_available() else 0.0,
         started=current_moment(),
         source_digest=None,
     )

@@ -91,6 +91,14 @@ def test_views_stay_in_range_and_keep_shape() -> None:
     assert float(views.max()) <= 1
 
 
+@pytest.mark.gpu
+def test_views_on_a_gpu_are_those_on_a_cpu_to_rounding(device: str) -> None:
+    images, samples = make_images(64), torch.arange(64)
+    here = make_views()(images, epoch=3, samples=samples)
+    there = make_views().to(device)(images.to(device), epoch=3, samples=samples.to(device))
+    assert torch.allclose(there.cpu(), here, atol=1e-4)
+
+
 def test_flip_is_exact() -> None:
     images = make_images(3)
     views = make_views(**off(flip_probability=1.0))(images, epoch=0, samples=torch.arange(3))

@@ -133,10 +133,10 @@ class Keep(pl.Callback):
         self.outcomes.append(self.cache.outcome)
 
 
-def fit(cache: FeatureCache, precision: Any = "32-true") -> Keep:
+def fit(cache: FeatureCache, precision: Any = "32-true", accelerator: str = "cpu") -> Keep:
     keep = Keep(cache)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=1,
         precision=precision,
         max_epochs=NUM_EPOCHS,
@@ -208,6 +208,20 @@ def test_cached_training_equals_uncached_training_bit_for_bit(
     assert expected.metrics[0]["train_loss"] != expected.metrics[1]["train_loss"]
     assert_equal_states(computed, without)
     assert_equal_states(found, without)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_cached_training_equals_uncached_training_to_rounding_on_a_gpu(
+    make: Make, monkeypatch: pytest.MonkeyPatch, device: str, depth: int
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    without = fit(make(cached=False, unfreeze_depth=depth), accelerator=device)
+    cached = fit(make(unfreeze_depth=depth), accelerator=device)
+    assert cached.outcomes == ["computed and cached"] * NUM_EPOCHS
+    for ours, theirs in zip(cached.metrics, without.metrics, strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def run(tmp_path: Path, make_data: MakeData) -> Run:
         pack=pack,
         weights={},
         precisions={"mobilenet_v2": "32-true"},
-        on_gpu=False,
+        gpu_share=0.0,
         started=current_moment(),
         source_digest=None,
     )
@@ -196,7 +196,7 @@ def test_another_number_of_workers_beside_each_other_is_measured(
 
 
 def test_where_nobody_can_say_what_a_measurement_is_of_none_is_kept(run: Run, cache: Path) -> None:
-    remember(dataclasses.replace(run, on_gpu=True), {"cpu": 1.0, "gpu": 1.0}, MEASURED)
+    remember(dataclasses.replace(run, gpu_share=1.0), {"cpu": 1.0, "gpu": 1.0}, MEASURED)
     run.sweep.folder.rmdir()  # a storage that is gone for a moment
     remember(run, WHOLE, MEASURED)
     assert recall(run, WHOLE) is None

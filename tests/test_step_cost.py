@@ -9,8 +9,9 @@ import torch
 
 from lightning_modules import step_cost
 from lightning_modules.step_cost import StepCost, choose_precisions, computes_in_bf16, measure_step
-from search.sweep import TrialParams
-from search.tuning.resources import share_of, shares_of
+from search.space import Choice, Domain, Int
+from search.sweep import DataSettings, Sweep
+from search.tuning.resources import gpu_share, values_of
 
 CPU = torch.device("cpu")
 
@@ -136,31 +137,27 @@ def test_a_deeper_step_takes_more_of_a_gpu(device: str) -> None:
 # Shares of a GPU
 
 
-def test_a_share_is_one_in_as_many_trials_as_fit_with_a_margin() -> None:
+@pytest.mark.parametrize(
+    ("peaks_gib", "max_trials", "share"),
+    [
+        ((1, 10), 16, 1 / 5),  # 80 / 15 = 5.3: five of the largest fit
+        ((1, 1), 16, 1 / 16),  # 53 fit, but the CPUs are enough for 16
+        ((1, 70), 16, 1.0),  # with its margin not even one: it gets all there is
+    ],
+)
+def test_a_share_is_one_in_as_many_of_the_largest_trials_as_fit_with_a_margin(
+    peaks_gib: tuple[int, int], max_trials: int, share: float
+) -> None:
     gib = 2**30
-    peaks = {
-        "resnet50 5 32": 10 * gib,  # 80 / 12.5 = 6.4: six fit
-        "resnet50 0 32": gib,  # 64 fit, but the CPUs are enough for 16
-        "resnet50 5 512": 70 * gib,  # with its margin not even one: it gets all there is
-    }
-    assert shares_of(peaks, 80 * gib, max_trials=16) == {
-        ("resnet50", 5, 32): 1 / 6,
-        ("resnet50", 0, 32): 1 / 16,
-        ("resnet50", 5, 512): 1.0,
-    }
+    assert gpu_share([peak * gib for peak in peaks_gib], 80 * gib, max_trials) == share
 
 
-def test_a_trial_takes_the_share_of_the_next_larger_batch() -> None:
-    shares = {
-        ("mobilenet_v2", 1, 16): 0.1,
-        ("mobilenet_v2", 1, 64): 0.25,
-        ("mobilenet_v2", 2, 64): 0.5,
-    }
+def test_what_is_measured_are_the_params_that_trials_may_have() -> None:
+    def values(name: str, **space: Domain) -> set[int]:
+        data = DataSettings(path="images")
+        sweep = Sweep(name="s", storage="s", metric="val_loss", data=data, space=space)
+        return values_of(sweep, name)
 
-    def share(depth: int, batch_size: int) -> float:
-        return share_of(TrialParams(unfreeze_depth=depth, batch_size=batch_size), shares)
-
-    assert [share(1, 8), share(1, 16), share(1, 17), share(1, 64)] == [0.1, 0.1, 0.25, 0.25]
-    assert share(2, 16) == 0.5
-    assert share(1, 65) == 1.0  # nothing as large was measured
-    assert share(3, 16) == 1.0
+    assert values("batch_size") == {32}  # the baseline's
+    assert values("batch_size", batch_size=Choice(choices=(16, 64))) == {16, 32, 64}
+    assert values("unfreeze_depth", unfreeze_depth=Int(low=4, high=5)) == {2, 4, 5}

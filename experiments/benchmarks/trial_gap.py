@@ -83,7 +83,7 @@ def measure(depth: int, folder: Path) -> list[float]:
         pack=pack,
         weights={"mobilenet_v2": weights},
         precisions={"mobilenet_v2": "32-true"},
-        on_gpu=False,
+        gpu_share=0.0,
         started=current_moment(),
         source_digest=None,
     )

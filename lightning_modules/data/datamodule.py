@@ -18,8 +18,9 @@ from lightning_modules.seeds import derive_seed
 # Validation keeps no activations; this many images fill a device and fit in any.
 VAL_BATCH_SIZE = 64
 
-# Images or features go to a GPU whole where they take no more than this share of its free memory.
-RESIDENT_SHARE = 0.25
+# Images, and the features of either split, go to a GPU whole where each takes no more than this
+# part of the trial's share of its memory.
+RESIDENT_SHARE = 0.1
 
 
 class Batch(NamedTuple):
@@ -182,6 +183,7 @@ class PackDataModule(pl.LightningDataModule):
             same image then shows the same view within an epoch.
         source_weights: By source: how much an image's training loss counts, see
             ``source_loss_weights``; none weighs all alike. Validation is never weighted.
+        gpu_share: How much of a GPU is the trial's; of no meaning on a CPU.
 
     Attributes:
         features_of: Asked for a split's features before each epoch; knows none unless replaced.
@@ -196,9 +198,11 @@ class PackDataModule(pl.LightningDataModule):
         seed: int,
         balanced_sampling: bool = False,
         source_weights: Mapping[str, float] | None = None,
+        gpu_share: float = 1.0,
     ) -> None:
         super().__init__()
         self.pack = pack
+        self.gpu_share = gpu_share
         self.labels = torch.from_numpy(manifest.labels())
         self.rows = {name: torch.from_numpy(manifest.rows(name)) for name in ("train", "val")}
         self.features_of: FeaturesOf = lambda split, epoch: None
@@ -227,7 +231,11 @@ class PackDataModule(pl.LightningDataModule):
     @property
     def images(self) -> Tensor:
         """All images of the pack: shape ``(N, H, W)``, uint8."""
-        return resident_images(self.pack, self.device)
+        return resident_images(self.pack, self.device, self.gpu_share)
+
+    def settle(self, features: Tensor) -> Tensor:
+        """Return features on the GPU if there is one and they fit; else where they are."""
+        return settle(features, self.device, self.gpu_share)
 
     def train_dataloader(self) -> DataLoader[Steps]:
         """Return the steps of the order's epoch, as one batch."""
@@ -240,20 +248,20 @@ class PackDataModule(pl.LightningDataModule):
 
 
 @functools.lru_cache(maxsize=4)
-def resident_images(pack: Pack, device: torch.device) -> Tensor:
+def resident_images(pack: Pack, device: torch.device, gpu_share: float = 1.0) -> Tensor:
     """Return a pack's images, mapped, or on the device where they fit; once a process.
 
     Returns:
         Shape ``(N, H, W)``, uint8.
     """
-    return settle(torch.from_numpy(pack.images()), device)
+    return settle(torch.from_numpy(pack.images()), device, gpu_share)
 
 
-def settle(values: Tensor, device: torch.device) -> Tensor:
+def settle(values: Tensor, device: torch.device, gpu_share: float) -> Tensor:
     """Return values on a GPU if they fit there; else where they are, to be gathered from."""
     if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        if values.nbytes <= RESIDENT_SHARE * free_bytes:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        if values.nbytes <= RESIDENT_SHARE * min(free_bytes, gpu_share * total_bytes):
             return values.to(device)
     return values
 

@@ -123,7 +123,9 @@ def _measure_kind(run: Run, kind: Kind) -> KindCost:
 
 
 def _data(run: Run, params: TrialParams, device: torch.device) -> PackDataModule:
-    data = PackDataModule(run.manifest, run.pack, batch_size=params.batch_size, seed=0)
+    data = PackDataModule(
+        run.manifest, run.pack, batch_size=params.batch_size, seed=0, gpu_share=run.gpu_share
+    )
     # All that the module asks its trainer for is where batches go.
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=device))
     data.trainer = trainer

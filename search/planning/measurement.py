@@ -9,9 +9,8 @@ from pathlib import Path
 import ray
 
 from search.planning.kind_cost import Kind, KindCost, measure_kinds
-from search.space import Choice, Int
 from search.sweep import Sweep
-from search.tuning.resources import max_concurrent
+from search.tuning.resources import max_concurrent, values_of
 from search.tuning.trial import Run
 
 # As many workers measure at once, at most: beside each other, as trials run.
@@ -53,13 +52,8 @@ def measure(run: Run, whole: Mapping[str, float]) -> Measurement:
 
 def kinds_of(sweep: Sweep) -> list[Kind]:
     """Return every backbone and depth that a trial of the sweep may have, shallow ones first."""
-    domain = sweep.space.get("unfreeze_depth")
-    depths = {sweep.params.unfreeze_depth}
-    if isinstance(domain, Int):
-        depths |= set(range(domain.low, domain.high + 1))
-    elif isinstance(domain, Choice):
-        depths |= {int(str(value)) for value in domain.choices}
-    return [(backbone, depth) for depth in sorted(depths) for backbone in sweep.backbones]
+    depths = sorted(values_of(sweep, "unfreeze_depth"))
+    return [(backbone, depth) for depth in depths for backbone in sweep.backbones]
 
 
 def deal(kinds: Sequence[Kind], count: int) -> list[list[Kind]]:

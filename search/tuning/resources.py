@@ -1,9 +1,9 @@
-"""What a trial takes of a cluster: CPUs, and as small a share of a GPU as its memory allows."""
+"""What a trial takes of a cluster: CPUs, and as small a share of a GPU as memory allows."""
 
 import gc
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,13 @@ from ray import tune
 from lightning_modules.compiled_stages import check_compiler
 from lightning_modules.data.pack import default_cache_dir
 from lightning_modules.errors import InputError
-from lightning_modules.stages import NUM_STAGES
 from lightning_modules.step_cost import choose_precisions, measure_step
-from search.space import grid_of
-from search.sweep import Sweep, TrialParams
+from search.space import Choice, Int
+from search.sweep import Sweep
 
-# Room for what a measurement of a few steps does not see: validation, fragmentation, the features.
-MEMORY_MARGIN = 1.25
-
-# By (backbone, unfreeze_depth, batch_size): the share of a GPU.
-Shares = dict[tuple[str, int, int], float]
+# Room for what a measurement of a few steps does not see: fragmentation, and images and features
+# that lie on the GPU, three times ``RESIDENT_SHARE`` at most.
+MEMORY_MARGIN = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +29,13 @@ class TrialResources:
 
     Attributes:
         whole: ``cpu`` and ``gpu`` of a trial that shares no GPU.
-        shares: Of a GPU, by kind of trial; empty where all take the same.
+        each: ``cpu`` and ``gpu`` of every trial. Ray Tune hands a warm worker on only to a trial
+            that takes the same: with shares by kind most trials would start one.
         num_slots: Trials at a time.
     """
 
     whole: dict[str, float]
-    shares: Shares
+    each: dict[str, float]
     num_slots: int
 
 
@@ -138,38 +136,20 @@ def measure_device(sweep: Sweep, *, is_local: bool) -> dict[str, Any]:
     return facts
 
 
-def shares_of(peak_bytes: Mapping[str, int], total_bytes: int, max_trials: int) -> Shares:
-    """Return which share of a GPU each kind of trial takes: one in a whole number of trials.
+def gpu_share(peak_bytes: Collection[int], total_bytes: int, max_trials: int) -> float:
+    """Return the share of a GPU that every trial takes, so that the largest fits with a margin.
 
     Args:
-        peak_bytes: By "backbone depth batch": the most that a process takes.
+        peak_bytes: The most that a process takes, of each kind of trial that was measured.
         total_bytes: The GPU's memory.
         max_trials: Most trials on one GPU; each takes CPUs, too.
 
     Example:
-        >>> shares_of({"resnet50 5 32": 30, "resnet50 0 32": 1}, 100, 16)
-        {('resnet50', 5, 32): 0.5, ('resnet50', 0, 32): 0.0625}
+        >>> gpu_share([30, 1], 100, 16)
+        0.5
     """
-    shares = {}
-    for key, peak in peak_bytes.items():
-        backbone, depth, batch_size = key.split()
-        fitting = max(1, min(max_trials, math.floor(total_bytes / (MEMORY_MARGIN * peak))))
-        shares[backbone, int(depth), int(batch_size)] = 1 / fitting
-    return shares
-
-
-def share_of(params: TrialParams, shares: Shares) -> float:
-    """Return the share of a GPU that a trial takes: of the measured batch size next above its own.
-
-    A whole GPU if nothing was measured that is at least as large.
-    """
-    larger = [
-        (batch_size, share)
-        for (backbone, depth, batch_size), share in shares.items()
-        if (backbone, depth) == (params.backbone, params.unfreeze_depth)
-        and batch_size >= params.batch_size
-    ]
-    return min(larger)[1] if larger else 1.0
+    fitting = math.floor(total_bytes / (MEMORY_MARGIN * max(peak_bytes)))
+    return 1 / max(1, min(max_trials, fitting))
 
 
 def _measure_here(sweep: Sweep, on_gpu: bool) -> dict[str, Any]:
@@ -188,28 +168,32 @@ def _measure_here(sweep: Sweep, on_gpu: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {"precisions": precisions, "gpu_peak_bytes": {}, "gpu_total_bytes": 0}
     if on_gpu and sweep.resources.gpus_per_trial is None:
         facts["gpu_total_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        batch_size = max(values_of(sweep, "batch_size"))
+        depths = values_of(sweep, "unfreeze_depth")
         for backbone in sweep.backbones:
-            for depth in _values(sweep, "unfreeze_depth", range(NUM_STAGES + 1)):
-                for batch_size in _values(sweep, "batch_size", ()):
-                    cost = measure_step(
-                        backbone,
-                        unfreeze_depth=depth,
-                        batch_size=batch_size,
-                        image_size_px=sweep.data.image_size_px,
-                        precision=precisions[backbone],
-                        device=device,
-                    )
-                    key = f"{backbone} {depth} {batch_size}"
-                    facts["gpu_peak_bytes"][key] = cost.peak_bytes
+            # The deepest keep most activations, the shallowest compute features in large blocks.
+            for depth in sorted({min(depths), max(depths)}):
+                cost = measure_step(
+                    backbone,
+                    unfreeze_depth=depth,
+                    batch_size=batch_size,
+                    image_size_px=sweep.data.image_size_px,
+                    precision=precisions[backbone],
+                    device=device,
+                )
+                facts["gpu_peak_bytes"][f"{backbone} {depth} {batch_size}"] = cost.peak_bytes
     return facts
 
 
-def _values(sweep: Sweep, name: str, whole_range: Any) -> list[int]:
-    """Return the values of a param to measure at: the grid's, the baseline's, or a whole range."""
-    if name not in sweep.space:
-        return [getattr(sweep.params, name)]
-    searched = list(whole_range) or [int(str(value)) for value in grid_of(sweep.space)[name]]
-    return sorted({*searched, getattr(sweep.params, name)})
+def values_of(sweep: Sweep, name: str) -> set[int]:
+    """Return every value that a trial of the sweep may have of a param that counts something."""
+    domain = sweep.space.get(name)
+    values = {int(getattr(sweep.params, name))}
+    if isinstance(domain, Int):
+        values |= set(range(domain.low, domain.high + 1))
+    elif isinstance(domain, Choice):
+        values |= {int(str(value)) for value in domain.choices}
+    return values
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -71,7 +71,7 @@ class Run:
         pack: The images; decoded again if a node does not have them.
         weights: Each backbone's initial weights, as a file that every node can read, or fetch.
         precisions: What each backbone is trained in, as Lightning names it.
-        on_gpu: Whether a trial is given a GPU; one may be visible without.
+        gpu_share: Of a GPU, that a trial is given; 0 if none, where one may be visible.
         started: When the run began.
         source_digest: Of the code that every node of a cluster must have; none on one machine.
     """
@@ -81,9 +81,14 @@ class Run:
     pack: Pack
     weights: dict[str, WeightOrigin]
     precisions: dict[str, str]
-    on_gpu: bool
+    gpu_share: float
     started: Moment
     source_digest: str | None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether trials train on GPUs."""
+        return self.gpu_share > 0
 
 
 def train_trial(config: dict[str, Any], *, run: Run) -> None:
@@ -167,6 +172,7 @@ def fit_trial(
         seed=config["seed"],
         balanced_sampling=sweep.data.class_balance == "balanced_sampling",
         source_weights=sweep.data.source_weights,
+        gpu_share=run.gpu_share,
     )
     cache = FeatureCache(
         module,

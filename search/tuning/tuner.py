@@ -33,7 +33,7 @@ from search.planning.words import lines_of
 from search.study.origins import recorded_weights
 from search.study.record import Record
 from search.study.sweep_files import LocalFiles, is_object_storage
-from search.sweep import Sweep, TrialParams
+from search.sweep import Sweep
 from search.tuning.faults import AlikeFailuresError
 from search.tuning.local_ray import local_ray
 from search.tuning.nodes import check_nodes, wait_for_node
@@ -41,15 +41,13 @@ from search.tuning.pictures import draw_kept
 from search.tuning.progress import Progress
 from search.tuning.recorder import EndOfSweep, StudyRecorder
 from search.tuning.resources import (
-    Shares,
     TrialResources,
     check_devices,
+    gpu_share,
     max_concurrent,
     max_trials_per_gpu,
     measure_device,
     placement_of,
-    share_of,
-    shares_of,
     whole_resources,
 )
 from search.tuning.scheduler import ResumableASHA
@@ -286,20 +284,24 @@ def _run_of(
     is_local: bool,
 ) -> tuple[Run, TrialResources]:
     whole = whole_resources(sweep)
-    shares = _shares(sweep, measured)
-    smallest = whole | ({"gpu": min(shares.values())} if shares else {})
+    each = whole
+    if peak_bytes := measured["gpu_peak_bytes"]:
+        share = gpu_share(
+            peak_bytes.values(), measured["gpu_total_bytes"], max_trials_per_gpu(sweep)
+        )
+        each = whole | {"gpu": share}
     run = Run(
         sweep=sweep,
         manifest=manifest,
         pack=pack,
         weights=weights,
         precisions=measured["precisions"],
-        on_gpu=whole["gpu"] > 0,
+        gpu_share=each["gpu"],
         started=current_moment(),
         source_digest=None if is_local else source_digest(),
     )
-    num_slots = sweep.search.max_concurrent_trials or max_concurrent(smallest)
-    return run, TrialResources(whole=whole, shares=shares, num_slots=num_slots)
+    num_slots = sweep.search.max_concurrent_trials or max_concurrent(each)
+    return run, TrialResources(whole=whole, each=each, num_slots=num_slots)
 
 
 def _run(
@@ -311,11 +313,10 @@ def _run(
     tell: Tell,
     as_json: bool,
 ) -> None:
-    whole, shares = resources.whole, resources.shares
+    each = {name.upper(): amount for name, amount in resources.each.items()}
 
     def resources_of(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        gpu = share_of(TrialParams(**config["params"]), shares) if shares else whole["gpu"]
-        return placement_of({"CPU": whole["cpu"], "GPU": gpu}, config)
+        return placement_of(each, config)
 
     is_new = record.num_trials == 0
     start_s = time.monotonic()
@@ -443,15 +444,6 @@ def _measured(record: Record, tell: Tell, *, is_local: bool) -> dict[str, Any]:
     for backbone, precision in measured["precisions"].items():
         tell(f"trains  {backbone} in {precision}")
     return measured
-
-
-def _shares(sweep: Sweep, measured: dict[str, Any]) -> Shares:
-    """Return which share of a GPU each kind of trial takes; none where all take the same."""
-    if not measured["gpu_peak_bytes"]:
-        return {}
-    return shares_of(
-        measured["gpu_peak_bytes"], measured["gpu_total_bytes"], max_trials_per_gpu(sweep)
-    )
 
 
 def _trial_name(trial: Any) -> str:
