@@ -74,6 +74,9 @@ class Views(nn.Module):
     noise from one field of normal numbers, fixed by the seed, that each sample reads from a place
     of its own. On one device the same view is bit-identical; between devices it agrees to rounding.
 
+    What is drawn for a view takes some 150 operations on a few numbers, as many as the way through
+    a network. Where ``num_samples`` is set, an epoch's are done once for all samples.
+
     It does not normalise and does not add channels.
 
     Args:
@@ -81,6 +84,9 @@ class Views(nn.Module):
         strength: Scales them; 0 returns the image unchanged.
         seed: The view seed, shared by all trials of a sweep.
         image_size_px: Height and width of the images.
+
+    Attributes:
+        num_samples: All samples are below; none, as at first, prepares views batch by batch.
 
     Example:
         >>> views = Views(AugmentationSettings(), strength=1.0, seed=0, image_size_px=8)
@@ -93,6 +99,7 @@ class Views(nn.Module):
 
     noise_field: Tensor
     axis: Tensor
+    pixels: Tensor
 
     def __init__(
         self, settings: AugmentationSettings, *, strength: float, seed: int, image_size_px: int
@@ -110,6 +117,10 @@ class Views(nn.Module):
         self.register_buffer("noise_field", noise_field, persistent=False)
         axis = torch.linspace(-1, 1, image_size_px)
         self.register_buffer("axis", axis, persistent=False)
+        pixels = torch.arange(image_size_px, dtype=torch.float32)
+        self.register_buffer("pixels", pixels, persistent=False)
+        self.num_samples: int | None = None
+        self._prepared: tuple[int, Tensor] | None = None
 
     def forward(self, images: Tensor, *, epoch: int, samples: Tensor) -> Tensor:
         """Return the views of ``samples`` at ``epoch``.
@@ -124,16 +135,52 @@ class Views(nn.Module):
         """
         if self.strength == 0:
             return images.to(torch.float32) / 255
-        params = self.draw(epoch=epoch, samples=samples.to(images.device))
-        views = self._sample(images.to(torch.float32), params)
-        factor = (params.contrast / 255).to(torch.float32)
-        offset = (params.brightness * params.contrast).to(torch.float32)
-        views.mul_(_per_image(factor)).add_(_per_image(offset))
-        num_pixels = self.image_size_px**2
-        noise = self.noise_field.unfold(0, num_pixels, 1)[params.noise_offset].view_as(views)
-        views.addcmul_(noise, _per_image(params.noise_std.to(torch.float32)))
-        views.clamp_(0, 1)
-        return views.addcmul_(views, self._erased(params), value=-1)
+        prepared = self._prepared_for(epoch, samples.to(images.device))
+        of_columns, of_rows, shift, box, colours = prepared.split([2, 2, 2, 4, 4], dim=1)
+        factor, offset, noise_std, noise_start = colours[:, :, None, None, None].unbind(1)
+        # A position's x and y as one complex number: their sum over rows and columns is one pass.
+        columns = torch.view_as_complex(_along(self.axis, of_columns))
+        rows = torch.view_as_complex(_along(self.axis, of_rows) + shift.unsqueeze(1))
+        grid = torch.view_as_real(columns.unsqueeze(1) + rows.unsqueeze(2))
+        views = F.grid_sample(
+            images.to(torch.float32),
+            grid,
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=True,
+        )
+        views.mul_(factor).add_(offset)
+        starts = noise_start.flatten().to(torch.int64)
+        noise = self.noise_field.unfold(0, self.image_size_px**2, 1)[starts]
+        views.addcmul_(noise.view_as(views), noise_std).clamp_(0, 1)
+        return views.addcmul_(views, self._erased(box), value=-1)
+
+    def prepare(self, *, epoch: int, samples: Tensor) -> Tensor:
+        """Return the numbers that the views of ``samples`` at ``epoch`` are made with.
+
+        Returns:
+            Shape ``(B, 14)``, float32: by how much x and y, in [-1, 1], of where a pixel is read
+            change along a row (2) and a column (2), and their shift (2); the erased rectangle's
+            first column and row, and those behind it (4); what grey values are multiplied by, what
+            is added, the noise's standard deviation, and where it starts (4).
+        """
+        params = self.draw(epoch=epoch, samples=samples)
+        left, top, width, height = params.box_px.unbind(1)
+        columns = [
+            *self._geometry(params),
+            *(left, top, left + width, top + height),
+            *(params.contrast / 255, params.brightness * params.contrast),
+            *(params.noise_std, params.noise_offset),
+        ]
+        return torch.stack([column.to(torch.float32) for column in columns], dim=1)
+
+    def _prepared_for(self, epoch: int, samples: Tensor) -> Tensor:
+        if self.num_samples is None:
+            return self.prepare(epoch=epoch, samples=samples)
+        if self._prepared is None or self._prepared[0] != epoch:
+            everyone = torch.arange(self.num_samples, device=samples.device)
+            self._prepared = epoch, self.prepare(epoch=epoch, samples=everyone)
+        return self._prepared[1].index_select(0, samples)
 
     def draw(self, *, epoch: int, samples: Tensor) -> ViewParams:
         """Return what the views of ``samples`` at ``epoch`` are made with."""
@@ -179,8 +226,8 @@ class Views(nn.Module):
         counters = _mix(_mix(samples ^ key).unsqueeze(1) + draws * _GOLDEN)
         return ((counters >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
 
-    def _sample(self, images: Tensor, params: ViewParams) -> Tensor:
-        """Apply flip and affine map in one bilinear sampling pass; black outside."""
+    def _geometry(self, params: ViewParams) -> tuple[Tensor, ...]:
+        """Return flip and affine map as six columns of ``prepare``."""
         side_px = self.image_size_px
         center = torch.full_like(params.translation_px, (side_px - 1) / 2)
         matrix = get_affine_matrix2d(
@@ -201,22 +248,13 @@ class Views(nn.Module):
         of_columns = torch.stack([d * sign, -c], dim=1) / determinant.unsqueeze(1)
         of_rows = torch.stack([-b * sign, a], dim=1) / determinant.unsqueeze(1)
         offset = -(of_columns * shift[:, :1] + of_rows * shift[:, 1:])
-        # A position's x and y as one complex number: their sum over rows and columns is one pass.
-        columns = torch.view_as_complex(_along(self.axis, of_columns))
-        rows = torch.view_as_complex(
-            _along(self.axis, of_rows) + offset.to(torch.float32).unsqueeze(1)
-        )
-        grid = torch.view_as_real(columns.unsqueeze(1) + rows.unsqueeze(2))
-        return F.grid_sample(
-            images, grid, mode="bilinear", padding_mode="zeros", align_corners=True
-        )
+        return (*of_columns.unbind(1), *of_rows.unbind(1), *offset.unbind(1))
 
-    def _erased(self, params: ViewParams) -> Tensor:
+    def _erased(self, box: Tensor) -> Tensor:
         """Return 1 where the rectangles are, else 0: shape ``(B, 1, H, W)``, float32."""
-        pixels = torch.arange(self.image_size_px, device=params.box_px.device)
-        left, top, width, height = params.box_px.unsqueeze(2).unbind(1)
-        columns = ((pixels >= left) & (pixels < left + width)).to(torch.float32)
-        rows = ((pixels >= top) & (pixels < top + height)).to(torch.float32)
+        left, top, right, bottom = box.unsqueeze(2).unbind(1)
+        columns = ((self.pixels >= left) & (self.pixels < right)).to(torch.float32)
+        rows = ((self.pixels >= top) & (self.pixels < bottom)).to(torch.float32)
         return (rows.unsqueeze(2) * columns.unsqueeze(1)).unsqueeze(1)
 
 
@@ -240,10 +278,6 @@ def _hash_to_int64(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)
 
 
-def _per_image(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
 def _along(axis: Tensor, change: Tensor) -> Tensor:
     """Return shape ``(B, len(axis), 2)``: how far each place on an axis moves in x and y."""
-    return change.to(torch.float32).unsqueeze(1) * axis.unsqueeze(1)
+    return change.unsqueeze(1) * axis.unsqueeze(1)

@@ -277,6 +277,7 @@ class ImageClassifier(pl.LightningModule):
     def training_step(self, steps: Steps, batch_index: int) -> None:
         """Train on the views of one epoch, step by step."""
         optimizer: Any = self.optimizers()
+        self.views.num_samples = len(steps.data.labels)
         logits, labels, losses = [], [], []
         for index, batch in enumerate(steps):
             self._set_lr(optimizer, self.current_epoch * len(steps) + index, len(steps))

@@ -1,11 +1,14 @@
 """A view is a pure function of (settings, strength, seed, epoch, sample), and equals Kornia's."""
 
+from typing import Any
+
 import kornia.augmentation as K
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.augmentation import Views, _mix
 from lightning_modules.augmentation_settings import AugmentationSettings
@@ -51,6 +54,42 @@ def test_a_view_does_not_depend_on_its_batch(data: st.DataObject) -> None:
     order = data.draw(st.lists(st.integers(0, num_images - 1), min_size=1, max_size=40))
     part = views(images[order], epoch=epoch, samples=samples[order])
     assert torch.equal(part, whole[order])
+
+
+@settings(max_examples=10, deadline=None)
+@given(num_samples=st.integers(1, 60), epochs=st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_an_epoch_prepared_at_once_gives_the_same_views(
+    num_samples: int, epochs: list[int]
+) -> None:
+    images, samples = make_images(num_samples), torch.arange(num_samples).flip(0)
+    at_once, by_batch = make_views(strength=1.3), make_views(strength=1.3)
+    at_once.num_samples = num_samples
+    for epoch in epochs:
+        for part in samples.split(7):
+            views = at_once(images[part], epoch=epoch, samples=part)
+            assert torch.equal(views, by_batch(images[part], epoch=epoch, samples=part))
+
+
+def test_an_epoch_prepared_at_once_leaves_a_sixth_of_its_operations_to_steps() -> None:
+    class Count(TorchDispatchMode):
+        num_launched = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.num_launched += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    def launched(views: Views) -> int:
+        with Count() as count:
+            views(images, epoch=0, samples=torch.arange(8))
+        return count.num_launched
+
+    images, views = make_images(8), make_views()
+    whole = launched(views)
+    views.num_samples = 100
+    views(images, epoch=0, samples=torch.arange(8))
+    assert launched(views) * 6 < whole
 
 
 def test_a_view_depends_on_seed_epoch_and_sample() -> None:

@@ -39,6 +39,10 @@ from lightning_modules.weights import IMAGENET_MEAN, IMAGENET_STD
 
 BASELINE = "kornia"
 SETTINGS = AugmentationSettings()
+
+# As dev-mri5 has with batches of 32: what views of an epoch are made with is prepared in the first.
+STEPS_AN_EPOCH = 36
+
 Step = Callable[[int], Tensor]
 
 
@@ -48,10 +52,12 @@ def build_ours(images: Tensor, dtype: torch.dtype) -> Step:
     views = Views(SETTINGS, strength=1.0, seed=0, image_size_px=images.shape[-1]).to(device)
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, -1, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(1, -1, 1, 1)
-    rows = torch.arange(batch, device=device)
+    views.num_samples = STEPS_AN_EPOCH * batch
+    rows = torch.arange(views.num_samples, device=device).split(batch)
 
     def step(index: int) -> Tensor:
-        normalised: Tensor = (views(images, epoch=index, samples=rows) - mean) / std
+        epoch, place = divmod(index, STEPS_AN_EPOCH)
+        normalised: Tensor = (views(images, epoch=epoch, samples=rows[place]) - mean) / std
         return normalised.to(dtype).contiguous(memory_format=torch.channels_last)
 
     return step
