@@ -140,11 +140,11 @@ def test_another_number_of_images_or_cpus_is_measured(run: Run, make_data: MakeD
     assert recall(run, {"cpu": 2.0, "gpu": 0.0}) is None
 
 
-def test_what_is_older_than_a_day_is_forgotten(run: Run, cache: Path) -> None:
+def test_what_is_older_than_a_week_is_forgotten(run: Run, cache: Path) -> None:
     remember(run, WHOLE, MEASURED)
     kept = json.loads(cache.read_bytes())
     (key,) = kept
-    kept[key]["measured_at_s"] -= 24 * 3600
+    kept[key]["measured_at_s"] -= 7 * 24 * 3600
     cache.write_text(json.dumps(kept))
     assert recall(run, WHOLE) is None
     other = changed(params=TrialParams(unfreeze_depth=0, batch_size=64))(run)

@@ -25,12 +25,12 @@ from search.tuning.resources import max_concurrent
 from search.tuning.survey import source_digest, versions
 from search.tuning.trial import Run, are_views_shared
 
-# What else runs on a machine changes, and its speed with it.
-KEPT_S = 24 * 3600.0
+# What else runs on a machine changes, and its speed with it; `plan` always measures anew.
+KEPT_S = 7 * 24 * 3600.0
 
 
 def recall(run: Run, whole: Mapping[str, float]) -> Measurement | None:
-    """Return what was measured on this machine for such trials, within a day; none if nothing was.
+    """Return what was measured on this machine for such trials, within a week; none if nothing was.
 
     Nothing is known of trials on GPUs.
 
@@ -46,7 +46,7 @@ def recall(run: Run, whole: Mapping[str, float]) -> Measurement | None:
 
 
 def remember(run: Run, whole: Mapping[str, float], measurement: Measurement) -> None:
-    """Keep what was just measured on this machine; what is older than a day is dropped.
+    """Keep what was just measured on this machine; what is older than a week is dropped.
 
     Args:
         run: What trials share.
