@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_modules import backbones as networks
 from lightning_modules import convolutions
 from lightning_modules.backbones import GPU_BLOCK, Backbone, freeze_below, run_stages
+from lightning_modules.data.datamodule import VAL_BATCH_SIZE
 from lightning_modules.files import code_digest_of, write_atomically
 from lightning_modules.stages import NUM_STAGES
 
@@ -34,8 +35,8 @@ class StepCost:
 
     Attributes:
         step_s: Seconds, the fastest of a few.
-        peak_bytes: Most that was reserved on a GPU, the process itself and a block of frozen
-            stages' features included; 0 on a CPU.
+        peak_bytes: Most that was reserved on a GPU, with a block of frozen stages' features before
+            and a validation batch after the steps, and the process itself; 0 on a CPU.
     """
 
     step_s: float
@@ -71,12 +72,14 @@ def measure_step(
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     trained = [p for p in (*network.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+    def pass_images(stages: Sequence[torch.nn.Module], num_images: int) -> None:
+        given = images[:1].expand(num_images, -1, -1, -1)
+        with torch.no_grad(), autocast():
+            run_stages(stages, given.contiguous(memory_format=torch.channels_last))
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -86,6 +89,12 @@ def measure_step(
         optimizer.step()
         return loss.detach()
 
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        # In a trial's order: what is left of it may be of no use to the steps.
+        if unfreeze_depth < NUM_STAGES:
+            pass_images(list(network.stages[: NUM_STAGES - unfreeze_depth]), GPU_BLOCK)
     step().item()
     times_s = []
     for _ in range(NUM_TIMED_STEPS):
@@ -94,12 +103,7 @@ def measure_step(
         times_s.append(time.perf_counter() - start_s)
     peak_bytes = 0
     if device.type == "cuda":
-        block = (
-            images[:1].expand(GPU_BLOCK, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        )
-        frozen = network.stages[: NUM_STAGES - unfreeze_depth]
-        with torch.no_grad(), autocast():
-            run_stages(frozen, block)
+        pass_images(list(network.stages), VAL_BATCH_SIZE)
         peak_bytes = torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
     return StepCost(step_s=min(times_s), peak_bytes=peak_bytes)
 

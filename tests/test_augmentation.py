@@ -134,8 +134,10 @@ def test_views_stay_in_range_and_keep_shape() -> None:
 def test_views_on_a_gpu_are_those_on_a_cpu_to_rounding(device: str) -> None:
     images, samples = make_images(64), torch.arange(64)
     here = make_views()(images, epoch=3, samples=samples)
-    there = make_views().to(device)(images.to(device), epoch=3, samples=samples.to(device))
-    assert torch.allclose(there.cpu(), here, atol=1e-4)
+    views = make_views().to(device)
+    for views.num_samples in (None, 64):
+        there = views(images.to(device), epoch=3, samples=samples.to(device))
+        assert torch.allclose(there.cpu(), here, atol=1e-4)
 
 
 def test_flip_is_exact() -> None:

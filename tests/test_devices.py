@@ -87,6 +87,7 @@ def test_a_step_mixes_no_devices(
     train, val = next(iter(steps.train_dataloader())), next(iter(steps.val_dataloader()))
     with fake_gpu(monkeypatch, memory_bytes=memory_bytes):
         to_gpu(module)
+        module.views.num_samples = len(steps.labels)  # as a training step sets it
         assert (steps.images.device == GPU) == (memory_bytes > 0)
         for batch in train:
             kept = module.draw_kept(len(batch.labels), seed=0)

@@ -124,7 +124,7 @@ def test_a_deeper_step_takes_more_of_a_gpu(device: str) -> None:
         measure_step(
             "resnet50",
             unfreeze_depth=depth,
-            batch_size=16,
+            batch_size=64,
             image_size_px=224,
             precision="bf16-mixed",
             device=torch.device(device),

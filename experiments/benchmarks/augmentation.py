@@ -143,7 +143,7 @@ def build_train_step(images: Tensor, dtype: torch.dtype) -> Step:
 
 def time_step(step: Step, *, batch: int, device: torch.device, min_s: float) -> dict[str, float]:
     """Repeat a step for at least ``min_s``."""
-    step(0)
+    step(-1)  # of another epoch: the first that is timed prepares its own
     _synchronize(device)
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     done = 0

@@ -145,7 +145,7 @@ def read_all(pack: Pack, batch_size: int) -> None:
     """Gather every image once, a batch at a time, as training does."""
     from lightning_modules.data.datamodule import resident_images
 
-    images = resident_images(pack, torch.device("cpu"))
+    images = resident_images(pack, torch.device("cpu"), 1.0)
     for rows in torch.arange(len(images)).split(batch_size):
         images[rows]
 

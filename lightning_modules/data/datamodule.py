@@ -248,7 +248,7 @@ class PackDataModule(pl.LightningDataModule):
 
 
 @functools.lru_cache(maxsize=4)
-def resident_images(pack: Pack, device: torch.device, gpu_share: float = 1.0) -> Tensor:
+def resident_images(pack: Pack, device: torch.device, gpu_share: float) -> Tensor:
     """Return a pack's images, mapped, or on the device where they fit; once a process.
 
     Returns:

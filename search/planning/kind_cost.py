@@ -101,6 +101,7 @@ def _measure_kind(run: Run, kind: Kind) -> KindCost:
     module.train()
     build_s = time.perf_counter() - start_s
     data = _data(run, params, device)
+    module.views.num_samples = len(data.labels)  # as in a trial
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         compute_s, cost = _time_features(run, module, data, params)
         train_s, optimizer = _time_training(module, data, params, device)

@@ -169,10 +169,9 @@ def _measure_here(sweep: Sweep, on_gpu: bool) -> dict[str, Any]:
     if on_gpu and sweep.resources.gpus_per_trial is None:
         facts["gpu_total_bytes"] = torch.cuda.get_device_properties(device).total_memory
         batch_size = max(values_of(sweep, "batch_size"))
-        depths = values_of(sweep, "unfreeze_depth")
         for backbone in sweep.backbones:
-            # The deepest keep most activations, the shallowest compute features in large blocks.
-            for depth in sorted({min(depths), max(depths)}):
+            # Deep ones keep activations, shallow ones compute features in large blocks.
+            for depth in sorted(values_of(sweep, "unfreeze_depth")):
                 cost = measure_step(
                     backbone,
                     unfreeze_depth=depth,

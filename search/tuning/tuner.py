@@ -285,7 +285,8 @@ def _run_of(
 ) -> tuple[Run, TrialResources]:
     whole = whole_resources(sweep)
     each = whole
-    if peak_bytes := measured["gpu_peak_bytes"]:
+    # A sweep that was measured on GPUs may be resumed without.
+    if whole["gpu"] and (peak_bytes := measured["gpu_peak_bytes"]):
         share = gpu_share(
             peak_bytes.values(), measured["gpu_total_bytes"], max_trials_per_gpu(sweep)
         )
