@@ -22,6 +22,9 @@ from search.planning.duration import parse_duration
 from search.tuning.faults import AlikeFailuresError
 from search.watch import PORT, tensorboard_command, tunnel_command
 
+# Said before it is done: it takes seconds.
+LOADS = "loads   torch, Lightning, and Ray"
+
 
 def launch(options: argparse.Namespace) -> None:
     """Run a new sweep."""
@@ -96,6 +99,7 @@ def plan(options: argparse.Namespace) -> None:
 
         with _bar(console) as bar:
             manifest, pack = prepare_data(sweep, _told_by(bar))
+        console.print(LOADS)
         from search.planning.words import print_plan
         from search.tuning.tuner import plan_sweep
 
@@ -146,6 +150,7 @@ def _run_to_end(
     _print_tunnel(console, "        ")
 
     # After the images: their mistakes should not wait for torch to be imported.
+    console.print(LOADS)
     from search.trial_table import print_trials
     from search.tuning import tuner
 
@@ -301,6 +306,12 @@ def top(options: argparse.Namespace) -> None:
     console = _console()
     if not (options.pareto or options.plot):
         print_trials(console, record, num_rows=options.num)
+        if unfinished := sum(trial.state == "running" for trial in record.trials()):
+            console.print(
+                f"{unfinished} running, or interrupted; then "
+                f"`neurosweep resume {record.sweep.reference}` goes on with them",
+                soft_wrap=True,
+            )
         return
     from search.pareto import draw_front, print_front
 

@@ -54,6 +54,8 @@ def prepare_data(sweep: Sweep, progress: Progress | None = None) -> tuple[Manife
     has_splits = bool(manifest.frame["split"].any())
     if settings.duplicates == "group" or (settings.duplicates == "refuse" and not has_splits):
         manifest = group_duplicates(manifest, _duplicates(pack, progress))
+    elif progress is not None:
+        _duplicates(pack, progress)  # for ``check_leakage``, which finds them then
     manifest = assign_splits(
         manifest,
         val_fraction=settings.val_fraction,

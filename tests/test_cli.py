@@ -505,6 +505,7 @@ def test_top_ranks_best_first_and_failed_last(capsys: pytest.CaptureFixture[str]
     out = printed(capsys, "top", "tiny")
     assert ranking(out) == [3, 1, 4, 0, 2]
     assert "trial 00000 is the baseline" in out
+    assert "1 running, or interrupted; then `neurosweep resume tiny` goes on with them" in out
     rows = {int(line.split()[0]): line for line in out.splitlines() if ranking(line)}
     assert rows[0].split()[1:4] == ["complete", "0.6000", "2/3"]
     assert rows[1].split()[1:4] == ["stopped", "0.7000", "1/1"]
@@ -516,7 +517,9 @@ def test_top_ranks_best_first_and_failed_last(capsys: pytest.CaptureFixture[str]
 
 def test_top_finds_a_sweep_by_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
     run_trial(launched(Path("elsewhere")), [0.5], "complete", "max_epochs")
-    assert ranking(printed(capsys, "top", "elsewhere/tiny")) == [0]
+    out = printed(capsys, "top", "elsewhere/tiny")
+    assert ranking(out) == [0]
+    assert "resume" not in out
     assert ranking(printed(capsys, "top", "tiny", "--storage", "elsewhere")) == [0]
 
 

@@ -27,7 +27,7 @@ from search.config import dump_sweep
 from search.data import check_leakage, check_same_data
 from search.interruption import Interruption
 from search.planning.known_measurements import recall, remember
-from search.planning.measurement import Measurement, measure
+from search.planning.measurement import Measurement, kinds_of, measure
 from search.planning.plan import Plan, make_plan
 from search.planning.words import lines_of
 from search.study.origins import recorded_weights
@@ -75,6 +75,8 @@ ENV_VARS_TO_PROPAGATE.difference_update(
 )
 
 Tell = Callable[[str], None]
+
+STARTS = "starts  Ray on this machine"
 
 
 def launch_sweep(
@@ -125,6 +127,7 @@ def launch_sweep(
         is_local = address is None
         try:
             if is_local:
+                tell(STARTS)
                 stack.enter_context(connected(None))
             run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
             # A number of trials that is chosen by it deserves to be measured now.
@@ -133,7 +136,7 @@ def launch_sweep(
             plan = make_plan(
                 run,
                 resources=resources,
-                measurement=known or _measurement(run, resources, is_local=is_local),
+                measurement=known or _measurement(run, resources, is_local=is_local, tell=tell),
                 network_costs=record.costs,
                 budget_s=budget_s,
             )
@@ -188,7 +191,7 @@ def plan_sweep(
             is_local = address is None
             measured = measure_device(sweep, is_local=is_local)
             run, resources = _run_of(sweep, manifest, pack, weights, measured, is_local=is_local)
-            measurement = _measurement(run, resources, is_local=is_local)
+            measurement = _measurement(run, resources, is_local=is_local, tell=tell)
             return make_plan(run, resources=resources, measurement=measurement, network_costs=costs)
     finally:
         sweep.files.remove(sweep.files.names("weights"))
@@ -428,8 +431,9 @@ def run_trials(
         raise AlikeFailuresError(recorder.bug.traceback)
 
 
-def _measurement(run: Run, resources: TrialResources, *, is_local: bool) -> Measurement:
+def _measurement(run: Run, resources: TrialResources, *, is_local: bool, tell: Tell) -> Measurement:
     """Measure what each kind of trial takes; a cluster's nodes are not this machine."""
+    tell(f"times   a few steps of each of {len(kinds_of(run.sweep))} kinds of trials")
     measurement = measure(run, resources.whole)
     if is_local:
         remember(run, resources.whole, measurement)
@@ -485,6 +489,8 @@ def _checked_cluster(
     address: str | None, sweep: Sweep, manifest: Manifest, pack: Pack, *, wait_s: float, tell: Tell
 ) -> Iterator[None]:
     """Connect to a cluster whose nodes can run the trials, or start one on this machine."""
+    if address is None:
+        tell(STARTS)
     with connected(address):
         if address is not None:
             wait_for_node(sweep, wait_s, tell)
