@@ -490,7 +490,7 @@ def _nearest(value: Any, allowed: Sequence[Any] | set[str]) -> str:
 
 def _shown(value: Any) -> str:
     try:
-        text = repr(value)
+        text = "null" if value is None else repr(value)  # as YAML has it
     except ValueError:  # Python prints no whole number of more than 4,300 digits
         return "a number too long to print"
     return text if len(text) <= 80 else text[:77] + "..."

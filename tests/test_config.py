@@ -61,12 +61,12 @@ BAD_SETTINGS = {
     "weights: {resnet: random}": "unknown key 'resnet' in weights; did you mean resnet50?",
     # Types.
     "training: 3": "training must be a mapping of settings; got 3",
-    "params: null": "params must be a mapping of settings; got None",
+    "params: null": "params must be a mapping of settings; got null",
     "search: [1]": "search must be a mapping of settings; got [1]",
     "params: {lr: fast}": "params.lr must be a number; got 'fast'",
     "params: {lr: 1e-4x}": "params.lr must be a number; got '1e-4x'",
     "params: {lr: true}": "params.lr must be a number; got True",
-    "params: {lr: null}": "params.lr must be a number; got None",
+    "params: {lr: null}": "params.lr must be a number; got null",
     "params: {lr: .nan}": "params.lr must be a number; got nan",
     "params: {lr: -.inf}": "params.lr must be a number; got -inf",
     "params: {lr: 1e999}": "params.lr must be a number; got inf",
@@ -82,7 +82,7 @@ BAD_SETTINGS = {
     ),
     "metric: 5": "metric must be text; got 5",
     "search: {sampler: no}": "search.sampler must be text; got False",
-    "storage: null": "storage must be text; got None",
+    "storage: null": "storage must be text; got null",
     'storage: "a\\0b"': "storage must be text; got 'a\\x00b'",
     'study_url: "sqlite:///a\\nb"': "study_url must be text; got 'sqlite:///a\\nb'",
     "storage: ~nobody-of-this-name/sweeps": "paths must not start with ~NAME; write them out",
@@ -175,9 +175,9 @@ BAD_SETTINGS = {
         "name must be 1 to 64 letters, digits, dots, dashes, or underscores, a letter or digit "
         f"first; got '{'x' * 76}..."
     ),
-    "name: null": "name must be text; got None",
+    "name: null": "name must be text; got null",
     # Data.
-    "data: null": "data must be a mapping of settings; got None",
+    "data: null": "data must be a mapping of settings; got null",
     "data: {}": "data must have either path or phantom; got neither",
     "data: {path: a, phantom: {}}": "data must have either path or phantom; got both",
     "data: {phantom: {num_patients: 1}}": (
@@ -216,7 +216,7 @@ BAD_SETTINGS = {
     ),
     # The space.
     "space: {}": "space must map at least one param to its values; got {}",
-    "space: null": "space must map at least one param to its values; got None",
+    "space: null": "space must map at least one param to its values; got null",
     "space: [lr]": "space must map at least one param to its values; got ['lr']",
     "space: {lr: 3}": "space.lr must be a list of choices or a mapping of low and high; got 3: "
     "a param that is not to be searched is left out of space",
@@ -268,7 +268,7 @@ def test_a_bad_setting_gives_its_line(tmp_path: Path, setting: str, message: str
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must be a mapping of settings; got None"),
+        ("", "must be a mapping of settings; got null"),
         ("- name: s", "must be a mapping of settings; got [{'name': 's'}]"),
         ("just words", "must be a mapping of settings; got 'just words'"),
         ("name: s", "data must say which images: data.path, or data.phantom"),
