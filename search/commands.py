@@ -23,7 +23,7 @@ from search.tuning.faults import AlikeFailuresError
 from search.watch import PORT, tensorboard_command, tunnel_command
 
 # Said before it is done: it takes seconds.
-LOADS = "loads   torch, Lightning, and Ray"
+LOADS = "loads   torch"
 
 
 def launch(options: argparse.Namespace) -> None:

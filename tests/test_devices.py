@@ -5,6 +5,7 @@ would; they have no values. Of a step there is all but the way back, for which t
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,8 @@ def make_module(depth: int, backbone: str = "mobilenet_v2") -> ImageClassifier:
     )
     trainer: Any = SimpleNamespace(current_epoch=0)
     module._trainer = trainer
+    # Frozen stages are the process's, for all modules: what is put on the fake GPU is a copy.
+    module.backbone = copy.deepcopy(module.backbone)
     return module
 
 

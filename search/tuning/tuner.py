@@ -76,7 +76,7 @@ ENV_VARS_TO_PROPAGATE.difference_update(
 
 Tell = Callable[[str], None]
 
-STARTS = "starts  Ray on this machine"
+STARTS = "starts  workers on this machine"
 
 
 def launch_sweep(
