@@ -139,7 +139,7 @@ class Views(nn.Module):
             return images.to(torch.float32) / 255
         prepared = self._prepared_for(epoch, samples.to(images.device))
         of_columns, of_rows, shift, box, colours = prepared.split([2, 2, 2, 4, 4], dim=1)
-        factor, offset, noise_std, noise_start = colours[:, :, None, None, None].unbind(1)
+        factor, offset, noise_std = colours[:, :3, None, None, None].unbind(1)
         # A position's x and y as one complex number: their sum over rows and columns is one pass.
         columns = torch.view_as_complex(_along(self.axis, of_columns))
         rows = torch.view_as_complex(_along(self.axis, of_rows) + shift.unsqueeze(1))
@@ -152,7 +152,7 @@ class Views(nn.Module):
             align_corners=True,
         )
         views.mul_(factor).add_(offset)
-        starts = noise_start.flatten().to(torch.int64)
+        starts = colours[:, 3].to(torch.int64)
         noise = self.noise_field.unfold(0, self.image_size_px**2, 1)[starts]
         views.addcmul_(noise.view_as(views), noise_std).clamp_(0, 1)
         return views.addcmul_(views, self._erased(box), value=-1)

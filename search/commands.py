@@ -305,8 +305,8 @@ def top(options: argparse.Namespace) -> None:
     record = Record.open(open_sweep(options.name, options.storage))
     console = _console()
     if not (options.pareto or options.plot):
-        print_trials(console, record, num_rows=options.num)
-        if unfinished := sum(trial.state == "running" for trial in record.trials()):
+        trials = print_trials(console, record, num_rows=options.num)
+        if unfinished := sum(trial.state == "running" for trial in trials):
             console.print(
                 f"{unfinished} running, or interrupted; then "
                 f"`neurosweep resume {record.sweep.reference}` goes on with them",

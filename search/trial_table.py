@@ -12,8 +12,8 @@ from search.study.record import Record
 from search.study.recorded import Trial
 
 
-def print_trials(console: Console, record: Record, *, num_rows: int) -> None:
-    """Print the best trials of a sweep, best first."""
+def print_trials(console: Console, record: Record, *, num_rows: int) -> list[Trial]:
+    """Print the best trials of a sweep, best first; return all of them."""
     sweep = record.sweep
     searched = list(sweep.space)
     trials = record.trials()
@@ -57,6 +57,7 @@ def print_trials(console: Console, record: Record, *, num_rows: int) -> None:
     confirmation = facts.get("confirmation")
     if confirmation is not None:
         console.print(verdict(confirmation), soft_wrap=True)
+    return trials
 
 
 def _state(trial: Trial) -> str:

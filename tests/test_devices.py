@@ -35,9 +35,11 @@ def fake_gpu(patch: pytest.MonkeyPatch, *, memory_bytes: int) -> Iterator[None]:
     patch.setattr(torch.backends.cudnn, "enabled", False)  # its sampling has no fake
     patch.setattr(torch.cuda, "mem_get_info", lambda device: (memory_bytes, memory_bytes))
     datamodule.resident_images.cache_clear()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
-    datamodule.resident_images.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        datamodule.resident_images.cache_clear()
 
 
 def to_gpu(module: torch.nn.Module) -> None:

@@ -67,6 +67,11 @@ def record(tmp_path: Path, make_data: MakeData) -> Record:
     return record
 
 
+def most_at_once(spans: list[tuple[float, float]]) -> int:
+    """How many of the spans, each from begin to end, hold one moment at most."""
+    return max(sum(begun <= start < ended for begun, ended in spans) for start, _ in spans)
+
+
 @pytest.mark.slow
 def test_trials_of_all_depths_share_a_gpu_in_workers_that_stay_warm(
     record: Record, tmp_path: Path, make_data: MakeData, monkeypatch: pytest.MonkeyPatch
@@ -122,11 +127,7 @@ def test_trials_of_all_depths_share_a_gpu_in_workers_that_stay_warm(
     entries = [json.loads(line) for line in log.read_text().splitlines() if line != "begun"]
     assert len(entries) == NUM_TRIALS
     assert {entry["gpu"] for entry in entries} == {"0"}
-    most = max(
-        sum(other["begun_s"] <= entry["begun_s"] < other["ended_s"] for other in entries)
-        for entry in entries
-    )
-    assert most == 3
+    assert most_at_once([(entry["begun_s"], entry["ended_s"]) for entry in entries]) == 3
     assert len({entry["pid"] for entry in entries}) == 3
 
 
@@ -172,5 +173,4 @@ def test_trials_train_beside_each_other_on_a_gpu(tmp_path: Path, device: str) ->
         events.Reload()
         times_s = [event.wall_time for event in events.Scalars("train_loss")]
         spans.append((times_s[0], times_s[-1]))
-    most = max(sum(begun <= start < ended for begun, ended in spans) for start, _ in spans)
-    assert most >= min(4, os.cpu_count() or 1)
+    assert most_at_once(spans) >= min(4, os.cpu_count() or 1)

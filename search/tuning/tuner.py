@@ -76,8 +76,6 @@ ENV_VARS_TO_PROPAGATE.difference_update(
 
 Tell = Callable[[str], None]
 
-STARTS = "starts  workers on this machine"
-
 
 def launch_sweep(
     sweep: Sweep,
@@ -109,12 +107,11 @@ def launch_sweep(
         InputError: If anything the user gave is wrong; then there is no record either.
     """
     weights, leakage = _look(sweep, manifest, pack, address, tell)
+    checked = _checked_cluster(address, sweep, manifest, pack, wait_s=wait_s, tell=tell)
     with contextlib.ExitStack() as stack:
         if address is not None:
             # What a cluster has is known only to it, and asked before there is a record.
-            stack.enter_context(
-                _checked_cluster(address, sweep, manifest, pack, wait_s=wait_s, tell=tell)
-            )
+            stack.enter_context(checked)
         if address is not None or is_object_storage(sweep.storage):
             weights = share_weights(weights, sweep)
         facts = {
@@ -127,8 +124,7 @@ def launch_sweep(
         is_local = address is None
         try:
             if is_local:
-                tell(STARTS)
-                stack.enter_context(connected(None))
+                stack.enter_context(checked)
             run, resources = _prepare(record, manifest, pack, weights, is_local=is_local, tell=tell)
             # A number of trials that is chosen by it deserves to be measured now.
             may_recall = is_local and budget_s is None
@@ -490,7 +486,7 @@ def _checked_cluster(
 ) -> Iterator[None]:
     """Connect to a cluster whose nodes can run the trials, or start one on this machine."""
     if address is None:
-        tell(STARTS)
+        tell("starts  workers on this machine")
     with connected(address):
         if address is not None:
             wait_for_node(sweep, wait_s, tell)
