@@ -112,6 +112,8 @@ def test_a_resumed_sweep_goes_on_where_its_curves_end(tmp_path: Path) -> None:
     board.close()
     # What the record holds is what this standing knows; the clock of a new process starts anew.
     standing._start_s = clock()
+    # Nor is it up within the same second: TensorBoard orders files by the second of their opening.
+    time.sleep(1)
     again = SweepBoard(standing)
     again.start()
     play(standing, again, clock, 1, 0.6)
