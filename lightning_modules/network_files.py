@@ -158,10 +158,13 @@ class _Torchvision(nn.Module):
         self, backbone: str, num_classes: int, image_size_px: int, state: dict[str, Tensor]
     ) -> None:
         super().__init__()
-        self.network = build_network(backbone, image_size_px=image_size_px)
-        head = self.network.get_submodule(HEAD_MODULE[backbone])
-        assert isinstance(head, nn.Linear)  # noqa: S101  narrows the type; true for all networks
-        self.network.set_submodule(HEAD_MODULE[backbone], nn.Linear(head.in_features, num_classes))
+        with torch.device("meta"):  # random values would be drawn only to be overwritten
+            self.network = build_network(backbone, image_size_px=image_size_px)
+            head = self.network.get_submodule(HEAD_MODULE[backbone])
+            assert isinstance(head, nn.Linear)  # noqa: S101  narrows the type; true for all
+            own_head = nn.Linear(head.in_features, num_classes)
+        self.network.set_submodule(HEAD_MODULE[backbone], own_head)
+        self.network.to_empty(device="cpu")
         self.network.load_state_dict(state, strict=True)
 
     def forward(self, intensities: Tensor) -> Any:

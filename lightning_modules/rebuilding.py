@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbones import Backbone
 from lightning_modules.bundle import Bundle, load_bundle
 from lightning_modules.bundled_mixture import Bundled, BundledMixture
 from lightning_modules.bundled_network import BundledNetwork
 from lightning_modules.calibration import softmax
 from lightning_modules.errors import InputError
 from lightning_modules.stages import HEAD_MODULE
-from lightning_modules.state_dicts import from_torchvision, match_state_dict, read_state_dict
+from lightning_modules.state_dicts import filled_backbone, match_state_dict, read_state_dict
 
 # The largest difference of a probability between a mixture and model.onnx, on images of noise.
 # Rounding makes one of 1e-5; a share that is wrong by less changes no map to speak of.
@@ -97,8 +96,7 @@ def _network(
         )
     size_px = bundle.image_size_px
     matched = match_state_dict(name, state, path, image_size_px=size_px)
-    backbone = Backbone(name, image_size_px=size_px)
-    backbone.load_state_dict(from_torchvision(backbone, matched.state))
+    backbone = filled_backbone(name, matched, image_size_px=size_px)
     given = {
         key: tensor.to(torch.float32)
         for key, tensor in _under(f"{HEAD_MODULE[name]}.", state).items()

@@ -3,6 +3,7 @@
 A file is untrusted input: only tensors are read, and each name in it is checked before it is shown.
 """
 
+import functools
 import hashlib
 import math
 from collections import Counter, OrderedDict
@@ -130,8 +131,7 @@ def match_state_dict(
         Mei et al., "RadImageNet", 2022, https://doi.org/10.1148/ryai.210315. Nguyen et al.,
         "LVM-Med", 2023, https://arxiv.org/abs/2306.11925.
     """
-    with torch.device("meta"):  # names, types, and shapes: no values, no random numbers
-        network = build_network(backbone, image_size_px=image_size_px)
+    network = _outline(backbone, image_size_px)
     own = network.state_dict()
     head = f"{HEAD_MODULE[backbone]}."
     expected = {name: tensor for name, tensor in own.items() if not name.startswith(head)}
@@ -203,6 +203,23 @@ def from_torchvision(backbone: Backbone, state: Mapping[str, Tensor]) -> State:
     }
 
 
+def filled_backbone(
+    backbone: str, match: Match, *, image_size_px: int = IMAGENET_SIZE_PX
+) -> Backbone:
+    """Build a backbone that holds what was matched, copied.
+
+    Args:
+        backbone: The one that ``match`` was made for.
+        match: By ``match_state_dict``.
+        image_size_px: The one that ``match`` was made for.
+    """
+    with torch.device("meta"):  # random values would be drawn only to be overwritten
+        built = Backbone(backbone, image_size_px=image_size_px)
+    built.to_empty(device="cpu")
+    built.load_state_dict(from_torchvision(built, match.state))
+    return built
+
+
 def digest_of(module: torch.nn.Module) -> str:
     """Return the SHA-256 of a module's parameters and buffers: names, types, shapes, values."""
     sha256 = hashlib.sha256()
@@ -210,6 +227,13 @@ def digest_of(module: torch.nn.Module) -> str:
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha256.hexdigest()
+
+
+@functools.cache
+def _outline(backbone: str, image_size_px: int) -> torch.nn.Module:
+    """Return torchvision's network as names, types, and shapes, without values. Shared."""
+    with torch.device("meta"):
+        return build_network(backbone, image_size_px=image_size_px)
 
 
 @dataclass(frozen=True)

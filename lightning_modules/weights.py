@@ -17,9 +17,8 @@ from lightning_modules.backbones import Backbone, freeze_below
 from lightning_modules.errors import InputError
 from lightning_modules.stages import IMAGENET_SIZE_PX
 from lightning_modules.state_dicts import (
-    Match,
     digest_of,
-    from_torchvision,
+    filled_backbone,
     match_state_dict,
     read_state_dict,
 )
@@ -141,16 +140,7 @@ def load_weights(
             return Backbone(backbone, image_size_px=image_size_px)
     state = read_state_dict(path)
     match = match_state_dict(backbone, state, path, image_size_px=image_size_px)
-    return _filled(match, backbone, image_size_px)
-
-
-def _filled(match: Match, backbone: str, image_size_px: int) -> Backbone:
-    """Return a backbone that holds what was matched."""
-    with torch.device("meta"):  # random values would be drawn only to be overwritten
-        built = Backbone(backbone, image_size_px=image_size_px)
-    built.to_empty(device="cpu")
-    built.load_state_dict(from_torchvision(built, match.state))
-    return built
+    return filled_backbone(backbone, match, image_size_px=image_size_px)
 
 
 def initial_backbone(
@@ -243,12 +233,12 @@ def _described(found: WeightOrigin, backbone: str, path: Path | None) -> WeightO
     if path is None:
         initial = load_weights(backbone, None, seed=found.seed)
         return replace(found, digest=digest_of(initial))
-    match = match_state_dict(backbone, read_state_dict(path), path)
     said = read_sidecars(path)
+    match = match_state_dict(backbone, read_state_dict(path), path)
     licence = IMAGENET_LICENCE if found.origin == "imagenet" else said.get("licence")
     return replace(
         found,
-        digest=digest_of(_filled(match, backbone, IMAGENET_SIZE_PX)),
+        digest=digest_of(filled_backbone(backbone, match)),
         prefix=match.prefix,
         num_matched=match.num_matched,
         missing=match.missing,

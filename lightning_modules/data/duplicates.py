@@ -7,6 +7,7 @@ whitened by the set's own covariance.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -47,8 +48,14 @@ COARSE_PX = TILE_PX * NUM_TILES
 NUM_COMPONENTS = 256
 QUIET = 0.05
 
+# What takes the mean of each tile, from either side.
+TO_TILES = np.kron(np.eye(NUM_TILES), np.full((TILE_PX, 1), 1 / TILE_PX)).astype(np.float32)
+
 # Rows of the matrix of all pairs that are in memory at a time.
 BLOCK = 1024
+
+# Up to as many images, what they are through each turn is kept from one pass to the next: 230 MB.
+MAX_KEPT_ROWS = 3000
 
 # Images that are turned at a time: so few stay in a core's own cache.
 TURN_BLOCK = 128
@@ -154,22 +161,26 @@ def similar_pairs(
     # A blurred or odd image is a little like everything: a copy has to stand out from that.
     others = np.linspace(0, len(rows) - 1, min(len(rows), NUM_OTHERS)).astype(int)
     to_others = np.full((len(rows), len(others)), -1, np.float32)
+    look: Callable[[Turn], Floats] = functools.partial(_turned, structures, whitening)
+    if len(rows) <= MAX_KEPT_ROWS:
+        look = functools.cache(look)
     for number, turn in enumerate(turns):
-        turned = whitening.apply(_coarse(structures, turn))
+        turned = look(turn)
         np.maximum(to_others, turned @ plain[others].T, out=to_others)
         np.maximum(to_others, plain @ turned[others].T, out=to_others)
         if progress:
             progress(number + 1, 2 * len(turns))
     least = np.maximum(SAME_AT, STANDS_OUT * np.median(to_others, axis=1))
+    least_of_all = least.min()
     for number, turn in enumerate(turns):
-        turned = whitening.apply(_coarse(structures, turn))
+        turned = look(turn)
         for start in range(0, len(rows), BLOCK):
-            end = start + BLOCK
-            likeness = plain[start:end] @ turned.T
-            enough = (likeness >= least[start:end, None]) & (likeness >= least)
-            for a, b in np.argwhere(enough):
-                if start + a != b:
-                    yield int(start + a), int(b)
+            likeness = (plain[start : start + BLOCK] @ turned.T).ravel()
+            # Nearly all pairs fail the lower bar: the rest are looked at one by one.
+            pairs = np.flatnonzero(likeness >= least_of_all)
+            a, b = start + pairs // len(rows), pairs % len(rows)
+            same = (likeness[pairs] >= np.maximum(least[a], least[b])) & (a != b)
+            yield from zip(a[same].tolist(), b[same].tolist(), strict=True)
         if progress:
             progress(len(turns) + number + 1, 2 * len(turns))
 
@@ -239,6 +250,11 @@ class Whitening:
         return _of_length_1(np.asarray((coarse - self.mean) @ self.matrix, dtype=np.float32))
 
 
+def _turned(structures: Floats, whitening: Whitening, turn: Turn) -> Floats:
+    """Return structures as seen through a turn, whitened."""
+    return whitening.apply(_coarse(structures, turn))
+
+
 def _coarse(structures: Floats, turn: Turn) -> Floats:
     """Return structures as seen through a turn, in rows of length 1; of nothing, 0."""
     across = _resampling(turn.sideways, turn.left, turn.side)
@@ -259,8 +275,7 @@ def _coarse(structures: Floats, turn: Turn) -> Floats:
 
 def _tile_means(coarse: Floats) -> Floats:
     """Return the mean of each tile, ``(N, NUM_TILES, 1, NUM_TILES, 1)``."""
-    mean = np.kron(np.eye(NUM_TILES), np.full((TILE_PX, 1), 1 / TILE_PX)).astype(np.float32)
-    return np.asarray((mean.T @ coarse @ mean)[:, :, None, :, None])
+    return np.asarray((TO_TILES.T @ coarse @ TO_TILES)[:, :, None, :, None])
 
 
 def _resampling(mirrored: bool, start: float, side: float) -> Floats:
