@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.classifier import ImageClassifier
+from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
 from lightning_modules.data.datamodule import VAL_BATCH_SIZE, Batch, PackDataModule, take_rows
 from lightning_modules.feature_cache import READ_SHARE, FeatureCache
 from lightning_modules.step_cost import CONTEXT_BYTES
@@ -28,6 +28,11 @@ NUM_TIMED = 3
 
 # A few that together take so long say enough.
 ENOUGH_S = 1.0
+
+# Work that takes so long is timed the first time that it is done to all images: memory that is
+# taken from the system then, up to a second of it, is a small part.
+LONG_S = 6.0
+FEW_IMAGES = 4
 
 # A kind of trial: backbone, and unfreeze depth.
 Kind = tuple[str, int]
@@ -104,8 +109,10 @@ def _measure_kind(run: Run, kind: Kind) -> KindCost:
     module.views.num_samples = len(data.labels)  # as in a trial
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         compute_s, cost = _time_features(run, module, data, params)
-        train_s, optimizer = _time_training(module, data, params, device)
-        val_s = _time_validation(module, data, device)
+        # Of a block of images, again and again: what takes time is their number.
+        features = _features(module, data, data.rows["train"][:FROZEN_BLOCK], epoch=0)
+        train_s, optimizer = _time_training(module, data, features, params.batch_size)
+        val_s = _time_validation(module, features)
     save_s, best_bytes, last_bytes = _time_checkpoints(module, optimizer, sweep.files)
     pays = cost is not None and cost.compute_s * READ_SHARE >= cost.round_trip_s
     return KindCost(
@@ -150,35 +157,44 @@ def _time_features(
         cost = cache.cost("train", 0)
         return cost.compute_s, cost
     rows = data.rows["train"][: params.batch_size]
-    seconds = _time(lambda: _features(module, data, rows, epoch=0), data.device)
-    return seconds / len(rows), None
+    seconds = _time(
+        lambda num: _features(module, data, rows[:num], epoch=0), len(rows), data.device
+    )
+    return seconds, None
 
 
 def _time_training(
-    module: ImageClassifier, data: PackDataModule, params: TrialParams, device: torch.device
+    module: ImageClassifier, data: PackDataModule, features: Tensor, batch_size: int
 ) -> tuple[float, torch.optim.Optimizer]:
-    rows = data.rows["train"][: params.batch_size]
-    features = _features(module, data, rows, epoch=0)
-    batch = Batch(None, features, data.labels[rows].to(device), rows.to(device))
+    device = features.device
+    rows = data.rows["train"][:batch_size]
+    features = _repeated(features, len(rows))
+    labels, rows = data.labels[rows].to(device), rows.to(device)
     optimizer = module.configure_optimizers()
 
-    def step() -> None:
-        loss, _ = module.loss_of(batch, kept=module.draw_kept(len(rows), seed=0))
+    def step(num: int) -> None:
+        batch = Batch(None, features[:num], labels[:num], rows[:num])
+        loss, _ = module.loss_of(batch, kept=module.draw_kept(num, seed=0))
         optimizer.zero_grad()
         with torch.autocast(device.type, enabled=False):
             loss.backward()
             optimizer.step()
 
-    return _time(step, device) / len(rows), optimizer
+    return _time(step, len(rows), device), optimizer
 
 
-def _time_validation(module: ImageClassifier, data: PackDataModule, device: torch.device) -> float:
-    rows = data.rows["val"][:VAL_BATCH_SIZE]
+def _time_validation(module: ImageClassifier, features: Tensor) -> float:
+    # On a CPU an image takes as long among few as among many.
+    if features.device.type != "cpu":
+        features = _repeated(features, VAL_BATCH_SIZE)
     module.eval()
     with torch.no_grad():
-        features = _features(module, data, rows, epoch=None)
-        seconds = _time(lambda: module.logits(features), device)
-    return seconds / len(rows)
+        return _time(lambda num: module.logits(features[:num]), len(features), features.device)
+
+
+def _repeated(features: Tensor, num: int) -> Tensor:
+    places = torch.arange(num, device=features.device) % len(features)
+    return take_rows(features, places)
 
 
 def _time_checkpoints(
@@ -212,21 +228,24 @@ def _features(
     return module.frozen_features(taken, rows.to(data.device), epoch=epoch)
 
 
-def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a piece of work takes, the mean of a few."""
+def _time(work: Callable[[int], object], num_images: int, device: torch.device) -> float:
+    """Return the seconds an image that work takes, given their number; the mean of a few."""
 
-    def timed() -> float:
+    def timed(num: int) -> float:
         start_s = time.perf_counter()
-        work()
+        work(num)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start_s
 
-    timed()
+    few = min(FEW_IMAGES, num_images)
+    timed(few)
+    if timed(few) * num_images / few < LONG_S:
+        timed(num_images)
     times_s: list[float] = []
     while len(times_s) < NUM_TIMED and sum(times_s) < ENOUGH_S:
-        times_s.append(timed())
-    return sum(times_s) / len(times_s)
+        times_s.append(timed(num_images))
+    return sum(times_s) / len(times_s) / num_images
 
 
 def _reset_peak(device: torch.device) -> None:
