@@ -46,6 +46,8 @@ def local_ray(options: dict[str, Any]) -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
                 include_dashboard=False,
+                # As many as there are CPUs, without the workers' environment: ended unused.
+                _system_config={"prestart_worker_first_driver": False},
                 **options,
             )
         yield
