@@ -281,6 +281,7 @@ def main() -> None:
     )
     parser.add_argument("--weights", type=Path, default=SHARED / "weights", help="a folder")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--first-pair", type=int, default=0, help="its number is its seed")
     parser.add_argument("--trials", type=int, default=4, help="a side and pair")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--image-size-px", type=int, default=96)
@@ -305,7 +306,7 @@ def main() -> None:
     pairs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         warm_up(options.data, Path(scratch))
-        for number in range(options.pairs):
+        for number in range(options.first_pair, options.first_pair + options.pairs):
             folder = Path(scratch) / str(number)
             folder.mkdir()
             cache = (folder if options.cold else Path(scratch)) / "cache"
