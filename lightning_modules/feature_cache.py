@@ -23,6 +23,7 @@ from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
 from lightning_modules.data.datamodule import PackDataModule, take_rows
 from lightning_modules.feature_store import Claim, FeatureStore
 from lightning_modules.files import code_digest_of
+from lightning_modules.stages import NUM_STAGES
 
 # While another worker computes an epoch's features, this one computes those of later epochs.
 AHEAD_EPOCHS = 3
@@ -112,6 +113,21 @@ class FeatureCache:
             return None
         found = self.store.find(self._key(split, epoch, self.cut))
         return None if found is None else self.data.settle(_channels_second(found))
+
+    def at_hand(self) -> set[tuple[str, int, int]]:
+        """Return what is stored of all epochs: split, epoch, and cut; nothing is read.
+
+        What is not a view is the same at every epoch: validation's is 0.
+        """
+        if self.store is None:
+            return set()
+        epochs = [("val", 0), *(("train", epoch) for epoch in range(self.module.max_epochs))]
+        return {
+            (split, epoch, cut)
+            for split, epoch in epochs
+            for cut in range(1, NUM_STAGES + 1)
+            if self.store.has(self._key(split, epoch, cut))
+        }
 
     def _features(self, split: str, epoch: int) -> tuple[Tensor | None, str]:
         if self.cut == 0:

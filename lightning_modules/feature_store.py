@@ -89,8 +89,7 @@ class FeatureStore:
         try:
             with path.open("rb") as file:
                 header = _read_header(file)
-                whole = os.fstat(file.fileno()).st_size == HEADER_BYTES + header.num_bytes
-                if not whole or header.boot != self._boot:
+                if not self._is_whole(file, header):
                     return None
                 # Private and writable, so that torch takes it; nobody writes, so nothing is copied.
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -99,6 +98,18 @@ class FeatureStore:
             return None
         values = torch.frombuffer(mapped, dtype=DTYPES[header.dtype], offset=HEADER_BYTES)
         return values.view(header.shape)
+
+    def has(self, key: str) -> bool:
+        """Tell whether ``find`` would find something; it does not count as used by that."""
+        try:
+            with self.path_of(key).open("rb") as file:
+                return self._is_whole(file, _read_header(file))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _is_whole(self, file: IO[bytes], header: Header) -> bool:
+        num_bytes = os.fstat(file.fileno()).st_size
+        return num_bytes == HEADER_BYTES + header.num_bytes and header.boot == self._boot
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator["Claim | None"]:

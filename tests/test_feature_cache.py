@@ -225,6 +225,16 @@ def test_a_head_trains_from_cached_features_as_without_to_rounding_on_a_gpu(
 
 
 @pytest.mark.gpu
+def test_what_is_at_hand_is_known_without_reading_it(make: Make) -> None:
+    cache = make(unfreeze_depth=2)
+    assert cache.at_hand() == set()
+    cache.features("train", 1)
+    cache.features("val", 1)  # its images are the same at every epoch
+    assert cache.at_hand() == {("train", 1, 3), ("val", 0, 3)}
+    assert make(unfreeze_depth=0).at_hand() == cache.at_hand()
+    assert make(unfreeze_depth=2, cached=False).at_hand() == set()
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_cached_features_are_those_of_a_batch_to_rounding_on_a_gpu(
     make: Make, monkeypatch: pytest.MonkeyPatch, device: str, depth: int
@@ -457,11 +467,11 @@ def test_what_is_stored_is_found_again_and_nothing_else_is_computed(make: Make) 
 def test_pictures_score_validation_images_alike_with_stored_features_and_without(
     make: Make, data: Data, precision: str
 ) -> None:
-    from search.tuning import pictures
+    from search.tuning import pictures, trial
 
     manifest, pack = data
     run: Any = SimpleNamespace(
-        sweep=SimpleNamespace(resources=SimpleNamespace(feature_cache_gib=1.0)),
+        sweep=SimpleNamespace(resources=SimpleNamespace(feature_cache_gib=1.0), space={}),
         manifest=manifest,
         pack=Pack(pack.path, "0" * 64, SIDE_PX, {}),
         weights={"mobilenet_v2": SimpleNamespace(digest="w")},
@@ -475,7 +485,7 @@ def test_pictures_score_validation_images_alike_with_stored_features_and_without
     images = np.asarray(pack.images()[rows])
     is_bf16 = precision == "bf16-mixed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "feature_store", lambda *_, **__: cache.store)
+        patch.setattr(trial, "feature_store", lambda *_, **__: cache.store)
         computed = pictures._logits(rows, module, run)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             assert cache.features("val", 0) is not None

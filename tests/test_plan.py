@@ -98,6 +98,17 @@ def test_features_are_computed_by_the_first_trial_at_each_epoch_and_read_by_the_
     assert outcome.feature_bytes == (3 * 10 + 2) * 8
 
 
+def test_features_that_earlier_sweeps_have_stored_are_read_by_the_first_trial() -> None:
+    costs = {("mobilenet_v2", 0): cost(compute_s=10, is_shared=True, read_s=2, feature_bytes=8)}
+    # Depth 0 cuts after stage 5. Two of three epochs are there, and validation's images.
+    there = [("train", 0), ("train", 1), ("val", 0)]
+    stored = frozenset(("mobilenet_v2", split, epoch, 5) for split, epoch in there)
+    one = setting(costs)
+    outcome = played(sweep(1, depth=0), dataclasses.replace(one, stored=stored)).run()
+    assert outcome.duration_s == 2 * 10 * 1 + 10 * 12 + 3 * 2 * 1
+    assert outcome.feature_bytes == 10 * 8
+
+
 def test_features_that_find_no_room_are_computed_by_every_trial() -> None:
     costs = {("mobilenet_v2", 0): cost(compute_s=10, is_shared=True, read_s=2, feature_bytes=8)}
     outcome = played(sweep(2, depth=0), setting(costs, store_bytes=0)).run()

@@ -237,9 +237,7 @@ def print_summary(summary: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
     columns = list(summary["ours"])
     print(f"{'':12}" + "".join(f"{name.replace('_val_macro', ''):>17}" for name in columns))
     rows = [
-        (f"{number} {side}", totals(pair[side]))
-        for number, pair in enumerate(pairs)
-        for side in pair["order"]
+        (f"{pair['seed']} {side}", totals(pair[side])) for pair in pairs for side in pair["order"]
     ]
     for label, row in [*rows, *((f"median {s}", summary[s]) for s in ("plain", "ours"))]:
         print(f"{label:12}" + "".join(f"{row[name]:17.5g}" for name in columns))

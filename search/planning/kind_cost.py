@@ -16,12 +16,19 @@ from torch import Tensor
 
 from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
 from lightning_modules.data.datamodule import VAL_BATCH_SIZE, Batch, PackDataModule, take_rows
-from lightning_modules.feature_cache import READ_SHARE, FeatureCache
+from lightning_modules.feature_cache import READ_SHARE
 from lightning_modules.step_cost import CONTEXT_BYTES
 from search.study.sweep_files import SweepFiles
 from search.sweep import TrialParams
 from search.tuning.checkpoint import AtomicCheckpointIO
-from search.tuning.trial import Run, are_views_shared, build_module, feature_store, on_this_node
+from search.tuning.trial import (
+    Run,
+    are_views_shared,
+    build_module,
+    feature_cache_of,
+    feature_store,
+    on_this_node,
+)
 
 # Timed after one that is not: the first chooses kernels and allocates.
 NUM_TIMED = 3
@@ -146,15 +153,7 @@ def _time_features(
     """Return the seconds that an image's features take, and the store's own account of it."""
     store = feature_store(run.sweep.resources.feature_cache_gib, since=run.started)
     if store is not None and module.frozen_stages:
-        cache = FeatureCache(
-            module,
-            data,
-            store=store,
-            weights_digest=run.weights[params.backbone].digest,
-            precision=run.precisions[params.backbone],
-            views_are_shared=are_views_shared(run.sweep),
-        )
-        cost = cache.cost("train", 0)
+        cost = feature_cache_of(run, module, data).cost("train", 0)
         return cost.compute_s, cost
     rows = data.rows["train"][: params.batch_size]
     seconds = _time(

@@ -16,6 +16,7 @@ from search.planning.kind_cost import Kind, KindCost
 from search.planning.measurement import Measurement
 from search.planning.simulation import Outcome, Setting, Simulation
 from search.planning.span import Span
+from search.planning.stored_features import stored_features
 from search.samplers.sampler import num_grid_points
 from search.sweep import Sweep
 from search.tuning.resources import TrialResources
@@ -99,6 +100,7 @@ def make_plan(
     resources: TrialResources,
     measurement: Measurement,
     network_costs: Mapping[str, float],
+    is_local: bool,
     budget_s: float | None = None,
 ) -> Plan:
     """Simulate a sweep on the connected cluster.
@@ -108,6 +110,8 @@ def make_plan(
         resources: What they take of the cluster.
         measurement: What each kind of them takes.
         network_costs: By backbone, where the sweep has a cost as its second objective.
+        is_local: Whether all of it happens on this machine: what other nodes have stored is not
+            known here.
         budget_s: Choose the number of trials whose upper bound fits; none takes the sweep's.
 
     Raises:
@@ -123,6 +127,7 @@ def make_plan(
         worker_start_s=measurement.worker_start_s,
         store_bytes=0.0 if store is None else float(store.limit_bytes),
         network_costs=network_costs,
+        stored=stored_features(run) if is_local else frozenset(),
     )
     if budget_s is not None:
         num_trials = fitting_num_trials(sweep, setting, budget_s)

@@ -45,6 +45,7 @@ class Setting:
         worker_start_s: Before the first trial of each slot.
         store_bytes: Room for features.
         network_costs: By backbone, where the sweep has a cost as its second objective.
+        stored: Features that are there: backbone, split, epoch, and cut.
     """
 
     costs: Mapping[Kind, KindCost]
@@ -54,6 +55,7 @@ class Setting:
     worker_start_s: float
     store_bytes: float
     network_costs: Mapping[str, float] = field(default_factory=dict)
+    stored: frozenset[tuple[str, str, int, int]] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class Simulation:
             name: (self._rng.normal(), self._rng.uniform(0, 2 * math.pi), self._rng.uniform(1, 5))
             for name in sweep.space
         }
-        self._stored: set[tuple[str, str, int, int]] = set()
+        self._stored = set(setting.stored)
         self._stored_bytes = 0.0
 
     def run(self) -> Outcome:

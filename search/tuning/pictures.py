@@ -21,14 +21,13 @@ from lightning_modules.calibration import softmax
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.data.datamodule import VAL_BATCH_SIZE, PackDataModule, Steps
 from lightning_modules.explain import enlarge, grad_cam
-from lightning_modules.feature_cache import FeatureCache
 from search.bundles.export import load_trial
 from search.explanation.gallery import draw_overlay
 from search.results import with_checkpoint
 from search.study.record import Record
 from search.study.recorded import Epoch, Trial
 from search.tuning.figures import draw_confusion, draw_pairs, draw_reliability, tile
-from search.tuning.trial import Run, feature_store
+from search.tuning.trial import Run, feature_cache_of
 from search.tuning.trial_board import CONFUSION_TAG
 
 MAX_MISTAKES = 8
@@ -149,19 +148,11 @@ def _logits(rows: npt.NDArray[np.int64], module: ImageClassifier, run: Run) -> T
     backbone = module.backbone.name
     precision = run.precisions[backbone]
     data = PackDataModule(run.manifest, run.pack, batch_size=VAL_BATCH_SIZE, seed=0)
-    cache = FeatureCache(
-        module,
-        data,
-        store=feature_store(run.sweep.resources.feature_cache_gib, since=run.started),
-        weights_digest=run.weights[backbone].digest,
-        precision=precision,
-        views_are_shared=True,
-    )
     # As it was trained; on a device of another kind in float32, which each of them computes fast.
     is_alike = run.on_gpu == (module.device.type == "cuda")
     is_bf16 = is_alike and precision == "bf16-mixed"
     if is_alike:
-        data.features_of = cache.stored
+        data.features_of = feature_cache_of(run, module, data).stored
     batches = torch.from_numpy(rows).split(VAL_BATCH_SIZE)
     with (
         torch.inference_mode(),

@@ -174,14 +174,7 @@ def fit_trial(
         source_weights=sweep.data.source_weights,
         gpu_share=run.gpu_share,
     )
-    cache = FeatureCache(
-        module,
-        data,
-        store=feature_store(sweep.resources.feature_cache_gib, since=run.started),
-        weights_digest=run.weights[params.backbone].digest,
-        precision=precision,
-        views_are_shared=are_views_shared(sweep),
-    )
+    cache = feature_cache_of(run, module, data)
     data.features_of = cache.features
     checkpoint_io = AtomicCheckpointIO(files)
     report_epoch = ReportEpoch(
@@ -264,6 +257,19 @@ def feature_store(limit_gib: float | None, *, since: Moment) -> FeatureStore | N
     if limit == 0:
         return None
     return FeatureStore(folder, limit_bytes=int(limit), since=since)
+
+
+def feature_cache_of(run: Run, module: ImageClassifier, data: PackDataModule) -> FeatureCache:
+    """Return what gives a trial the features of its frozen stages."""
+    backbone = module.backbone.name
+    return FeatureCache(
+        module,
+        data,
+        store=feature_store(run.sweep.resources.feature_cache_gib, since=run.started),
+        weights_digest=run.weights[backbone].digest,
+        precision=run.precisions[backbone],
+        views_are_shared=are_views_shared(run.sweep),
+    )
 
 
 def build_module(

@@ -134,6 +134,7 @@ def launch_sweep(
                 resources=resources,
                 measurement=known or _measurement(run, resources, is_local=is_local, tell=tell),
                 network_costs=record.costs,
+                is_local=is_local,
                 budget_s=budget_s,
             )
         except BaseException:  # a signal, too
@@ -188,7 +189,13 @@ def plan_sweep(
             measured = measure_device(sweep, is_local=is_local)
             run, resources = _run_of(sweep, manifest, pack, weights, measured, is_local=is_local)
             measurement = _measurement(run, resources, is_local=is_local, tell=tell)
-            return make_plan(run, resources=resources, measurement=measurement, network_costs=costs)
+            return make_plan(
+                run,
+                resources=resources,
+                measurement=measurement,
+                network_costs=costs,
+                is_local=is_local,
+            )
     finally:
         sweep.files.remove(sweep.files.names("weights"))
 
