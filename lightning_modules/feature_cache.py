@@ -1,29 +1,18 @@
 """Features of the frozen stages: computed once a node for each view, and shared by all trials."""
 
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_modules import (
-    augmentation,
-    backbones,
-    classifier,
-    convolutions,
-    stages,
-    state_dicts,
-)
 from lightning_modules.backbones import GPU_BLOCK
 from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
 from lightning_modules.data.datamodule import PackDataModule, take_rows
+from lightning_modules.feature_keys import FeatureKeys
 from lightning_modules.feature_store import Claim, FeatureStore
-from lightning_modules.files import code_digest_of
-from lightning_modules.stages import NUM_STAGES
 
 # While another worker computes an epoch's features, this one computes those of later epochs.
 AHEAD_EPOCHS = 3
@@ -39,10 +28,9 @@ class FeatureCache:
     """Gives a trial the features of its frozen stages, from the node's store where that pays.
 
     Features are what the stages below the cut make of all images of a split: of the views of one
-    epoch, or of the images as they are. They are a function of the backbone, its initial weights,
-    the cut, the pack, the split, the view settings, the epoch, the precision, and the code; a key
-    is made of all that, so that every trial which asks for the same gets the same, to the last bit
-    what it would have computed itself (on a CPU; to rounding on a GPU).
+    epoch, or of the images as they are. They are stored under a key of all that they are a function
+    of, see ``FeatureKeys``, so that every trial which asks for the same gets the same, to the last
+    bit what it would have computed itself (on a CPU; to rounding on a GPU).
 
     Nothing is stored where that cannot pay: if no other trial will see the same views, if reading
     takes as long as computing, or if there is no room. Then trials compute, batch by batch.
@@ -75,14 +63,24 @@ class FeatureCache:
         self.views_are_shared = views_are_shared or module.views.strength == 0
         self.cut = module.frozen_stages
         self.outcome = ""
-        self._facts = {
-            "code": code_digest(),
-            "torch": torch.__version__,
-            "backbone": module.backbone.name,
-            "weights": weights_digest,
-            "pack": data.pack.digest,
-            "precision": precision,
-        }
+        self.weights_digest = weights_digest
+        self.precision = precision
+
+    @functools.cached_property
+    def keys(self) -> FeatureKeys:
+        """What features are stored under; asked for once the trial's device is known."""
+        views = self.module.views
+        return FeatureKeys(
+            backbone=self.module.backbone.name,
+            weights_digest=self.weights_digest,
+            pack_digest=self.data.pack.digest,
+            rows=self.data.rows,
+            augmentation=views.settings,
+            strength=views.strength,
+            view_seed=views.seed,
+            precision=self.precision,
+            device=self.data.device,
+        )
 
     def features(self, split: str, epoch: int) -> Tensor | None:
         """Return the features of all rows of a split, or none if they are to be computed.
@@ -111,23 +109,8 @@ class FeatureCache:
         """
         if self.store is None or self.cut == 0:
             return None
-        found = self.store.find(self._key(split, epoch, self.cut))
+        found = self.store.find(self.keys.of(split, epoch, self.cut))
         return None if found is None else self.data.settle(_channels_second(found))
-
-    def at_hand(self) -> set[tuple[str, int, int]]:
-        """Return what is stored of all epochs: split, epoch, and cut; nothing is read.
-
-        What is not a view is the same at every epoch: validation's is 0.
-        """
-        if self.store is None:
-            return set()
-        epochs = [("val", 0), *(("train", epoch) for epoch in range(self.module.max_epochs))]
-        return {
-            (split, epoch, cut)
-            for split, epoch in epochs
-            for cut in range(1, NUM_STAGES + 1)
-            if self.store.has(self._key(split, epoch, cut))
-        }
 
     def _features(self, split: str, epoch: int) -> tuple[Tensor | None, str]:
         if self.cut == 0:
@@ -136,7 +119,7 @@ class FeatureCache:
             return None, "computed, the cache is off"
         if split == "train" and not self.views_are_shared:
             return None, "computed, no other trial sees the same views"
-        key = self._key(split, epoch, self.cut)
+        key = self.keys.of(split, epoch, self.cut)
         found = self.store.find(key)
         if found is not None:
             return found, "from the cache"
@@ -167,7 +150,7 @@ class FeatureCache:
         last = min(epoch + AHEAD_EPOCHS, self.module.max_epochs - 1) if split == "train" else epoch
         while ahead_epoch < last:
             ahead_epoch += 1
-            key = self._key(split, ahead_epoch, self.cut)
+            key = self.keys.of(split, ahead_epoch, self.cut)
             if self.store.find(key) is None:
                 with self.store.claim(key) as claim:
                     if claim is not None and self.store.find(key) is None:
@@ -192,7 +175,7 @@ class FeatureCache:
         device = self.data.device
         start, shallower = 0, None
         for cut in range(self.cut - 1, 0, -1):
-            found = self.store.find(self._key(split, epoch, cut))
+            found = self.store.find(self.keys.of(split, epoch, cut))
             if found is not None:
                 start, shallower = cut, _channels_second(found)
                 break
@@ -211,30 +194,6 @@ class FeatureCache:
             taken, rows.to(self.data.device), epoch=epoch if split == "train" else None
         )
 
-    def _key(self, split: str, epoch: int, cut: int) -> str:
-        views = self.module.views
-        # Views of strength 0 are the images, at every epoch.
-        if split == "train" and views.strength > 0:
-            view = {
-                "settings": asdict(views.settings),
-                "strength": views.strength,
-                "seed": views.seed,
-                "epoch": epoch,
-            }
-        else:
-            view = {}
-        facts = {
-            **self._facts,
-            "device": _device_name(self.data.device),
-            "cut": cut,
-            "rows": self._rows_digest(split),
-            "view": view,
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
-
-    def _rows_digest(self, split: str) -> str:
-        return hashlib.sha256(self.data.rows[split].numpy().tobytes()).hexdigest()
-
     def cost(self, split: str, epoch: int) -> "Cost":
         """Measure, once a process, what computing and reading an image's features take.
 
@@ -245,7 +204,7 @@ class FeatureCache:
         assert self.store is not None  # noqa: S101  narrows the type
         device = self.data.device
         name = (self.module.backbone.name, self.cut, self.data.pack.image_size_px)
-        key = (*name, self._facts["precision"], str(device))
+        key = (*name, self.precision, str(device))
         if key not in _COSTS:
             rows = self.data.rows[split][: _block_size(device)]
             block = self._compute(rows, split, epoch)  # what is only done the first time
@@ -279,12 +238,6 @@ class Cost:
 _COSTS: dict[tuple[str | int, ...], Cost] = {}
 
 
-@functools.cache
-def code_digest() -> str:
-    """Return what changes with the code that features are a result of."""
-    return code_digest_of(augmentation, backbones, classifier, convolutions, stages, state_dicts)
-
-
 def _block_size(device: torch.device) -> int:
     return FROZEN_BLOCK if device.type == "cpu" else GPU_BLOCK
 
@@ -302,12 +255,6 @@ def _channels_last(features: Tensor) -> Tensor:
 def _channels_second(stored: Tensor) -> Tensor:
     """Return stored features as stages take them; nothing is copied."""
     return stored.permute(0, 3, 1, 2) if stored.ndim == 4 else stored
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return torch.backends.cpu.get_cpu_capability()
-    return torch.cuda.get_device_name(device)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
+from lightning_modules.data import duplicates
 from lightning_modules.data.decode import decode_file, decode_image
 from lightning_modules.data.duplicates import (
     COARSE_PX,
@@ -118,6 +119,18 @@ def test_copies_of_a_copy_are_one_cluster(slices: np.ndarray) -> None:
     chain = [crop(image, 0, 0, 0.93), crop(crop(image, 0, 0, 0.93), 0.07, 0.07, 0.93)]
     images = np.concatenate([slices, np.stack([np.asarray(link) for link in chain])])
     assert find_duplicates(images).near == ((3, 60, 61),)
+
+
+def test_many_images_are_compared_as_few_are(
+    slices: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.concatenate([slices, slices[:5, :, ::-1], slices[5:9, ::-1]])
+    found = find_duplicates(images)
+    assert len(found.near) == 9
+    # What is kept for few, and how many rows are compared at a time, changes nothing.
+    monkeypatch.setattr(duplicates, "MAX_KEPT_ROWS", 0)
+    monkeypatch.setattr(duplicates, "BLOCK", 7)
+    assert find_duplicates(images) == found
 
 
 def test_images_without_structure_are_copies_only_if_their_pixels_are_equal() -> None:

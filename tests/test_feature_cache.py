@@ -1,5 +1,6 @@
 """Training from cached features is training without them, bit for bit; and caching knows when."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,10 @@ from lightning_modules.data.pack import Pack
 from lightning_modules.feature_cache import FeatureCache
 from lightning_modules.feature_store import FeatureStore, current_moment
 from lightning_modules.step_cost import computes_in_bf16
+from lightning_modules.weights import find_weights
+from search.space import Choice, Float
 from search.study.sweep_files import LocalFiles
+from search.sweep import DataSettings, Sweep, TrialParams
 from search.tuning.checkpoint import AtomicCheckpointIO
 
 Data = tuple[Manifest, Pack]
@@ -224,17 +228,54 @@ def test_a_head_trains_from_cached_features_as_without_to_rounding_on_a_gpu(
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
 
 
-@pytest.mark.gpu
-def test_what_is_at_hand_is_known_without_reading_it(make: Make) -> None:
+def test_what_is_at_hand_is_known_to_trials_of_every_depth(make: Make) -> None:
     cache = make(unfreeze_depth=2)
-    assert cache.at_hand() == set()
+    assert cache.store is not None
+    assert cache.keys.at_hand(cache.store, NUM_EPOCHS) == set()
     cache.features("train", 1)
     cache.features("val", 1)  # its images are the same at every epoch
-    assert cache.at_hand() == {("train", 1, 3), ("val", 0, 3)}
-    assert make(unfreeze_depth=0).at_hand() == cache.at_hand()
-    assert make(unfreeze_depth=2, cached=False).at_hand() == set()
+    there = {("train", 1, 3), ("val", 0, 3)}
+    assert cache.keys.at_hand(cache.store, NUM_EPOCHS) == there
+    assert make(unfreeze_depth=0).keys.at_hand(cache.store, NUM_EPOCHS) == there
+    assert make(view_seed=1).keys.at_hand(cache.store, NUM_EPOCHS) == {("val", 0, 3)}
 
 
+def test_a_forecast_sees_what_a_trial_has_stored(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from search.planning.stored_features import stored_features
+    from search.tuning.trial import Run, build_module, feature_cache_of
+
+    monkeypatch.setenv("NEUROSWEEP_CACHE", str(tmp_path))
+    manifest, pack = data
+    sweep = Sweep(
+        name="stored",
+        data=DataSettings(path="images", image_size_px=SIDE_PX),
+        params=TrialParams(backbone="mobilenet_v2", unfreeze_depth=2, dropout=0.5),
+        space={"dropout": Float(low=0.1, high=0.9)},
+    )
+    weights = {"mobilenet_v2": find_weights("random", backbone="mobilenet_v2", seed=0)}
+    run = Run(
+        sweep=sweep, manifest=manifest, pack=pack, weights=weights,
+        precisions={"mobilenet_v2": "32-true"}, gpu_share=0.0, started=current_moment(),
+        source_digest=None,
+    )  # fmt: skip
+    assert stored_features(run) == set()
+    module = build_module(
+        sweep.params, sweep=sweep, manifest=manifest, weights=weights, seed=5, view_seed=sweep.seed
+    )
+    cache = feature_cache_of(run, module, PackDataModule(manifest, pack, batch_size=8, seed=5))
+    cache.features("train", 1)
+    cache.features("val", 1)
+    there = {("mobilenet_v2", "train", 1, 3), ("mobilenet_v2", "val", 0, 3)}
+    assert stored_features(run) == there
+    assert stored_features(dataclasses.replace(run, gpu_share=0.5)) == set()
+    drawn = {"augmentation_strength": Choice(choices=(0.5, 1.0))}
+    of_many = dataclasses.replace(run, sweep=dataclasses.replace(sweep, space=drawn))
+    assert stored_features(of_many) == set()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("depth", [1, 3])
 def test_cached_features_are_those_of_a_batch_to_rounding_on_a_gpu(
     make: Make, monkeypatch: pytest.MonkeyPatch, device: str, depth: int
@@ -350,12 +391,12 @@ def test_the_same_images_are_computed_once_for_all_epochs(make: Make, tmp_path: 
     ],
 )
 def test_whatever_features_depend_on_changes_their_key(make: Make, changes: dict[str, Any]) -> None:
-    key = make()._key("train", 0, make().cut)
+    key = make().keys.of("train", 0, make().cut)
     other = make(**changes)
-    assert other._key("train", 0, other.cut) != key
-    assert make()._key("train", 1, make().cut) != key
-    assert make()._key("val", 0, make().cut) != key
-    assert make()._key("val", 0, make().cut) == make()._key("val", 1, make().cut)
+    assert other.keys.of("train", 0, other.cut) != key
+    assert make().keys.of("train", 1, make().cut) != key
+    assert make().keys.of("val", 0, make().cut) != key
+    assert make().keys.of("val", 0, make().cut) == make().keys.of("val", 1, make().cut)
 
 
 # When it does not pay
@@ -418,17 +459,17 @@ def test_while_another_worker_computes_an_epoch_this_one_computes_later_ones(
     store = other.store
     assert store is not None
     got: list[Tensor | None] = []
-    with store.claim(other._key("train", 0, other.cut)) as claim:
+    with store.claim(other.keys.of("train", 0, other.cut)) as claim:
         assert claim is not None
         thread = threading.Thread(target=lambda: got.append(waiting.features("train", 0)))
         thread.start()
-        ahead = [other._key("train", epoch, other.cut) for epoch in (1, 2, 3)]
+        ahead = [other.keys.of("train", epoch, other.cut) for epoch in (1, 2, 3)]
         deadline_s = time.monotonic() + 60
         while not all(store.path_of(key).exists() for key in ahead):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
         assert thread.is_alive()  # three epochs ahead it stops, and waits
-        assert not store.path_of(other._key("train", 4, other.cut)).exists()
+        assert not store.path_of(other.keys.of("train", 4, other.cut)).exists()
         assert other._fill(claim, "train", 0, other.cost("train", 0))
     thread.join(60)
     assert got[0] is not None
@@ -439,7 +480,7 @@ def test_when_the_worker_that_computes_dies_another_takes_over(make: Make) -> No
     other, waiting = make(max_epochs=1), make(max_epochs=1)
     assert other.store is not None
     got: list[Tensor | None] = []
-    with other.store.claim(other._key("train", 0, other.cut)):
+    with other.store.claim(other.keys.of("train", 0, other.cut)):
         thread = threading.Thread(target=lambda: got.append(waiting.features("train", 0)))
         thread.start()
         time.sleep(0.1)

@@ -54,7 +54,9 @@ def test_what_is_put_is_found_bit_for_bit(
     values.view(-1)[0] = float("nan")
     store = make_store(tmp_path)
     assert store.find("key") is None
+    assert not store.has("key")
     assert put(store, "key", values)
+    assert store.has("key")
     found = store.find("key")
     assert found is not None
     assert (found.shape, found.dtype) == (values.shape, values.dtype)

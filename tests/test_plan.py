@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from conftest import TINY_SWEEP
 
 from lightning_modules.errors import InputError
 from search.cli import main
-from search.planning import simulation
+from search.planning import kind_cost, simulation
 from search.planning.blind_draws import BlindDraws
 from search.planning.duration import in_words, parse_duration
 from search.planning.kind_cost import Kind, KindCost
@@ -106,7 +108,25 @@ def test_features_that_earlier_sweeps_have_stored_are_read_by_the_first_trial() 
     one = setting(costs)
     outcome = played(sweep(1, depth=0), dataclasses.replace(one, stored=stored)).run()
     assert outcome.duration_s == 2 * 10 * 1 + 10 * 12 + 3 * 2 * 1
-    assert outcome.feature_bytes == 10 * 8
+    assert outcome.feature_bytes == (3 * 10 + 2) * 8
+
+
+def test_features_that_earlier_sweeps_have_stored_take_room() -> None:
+    costs = {("mobilenet_v2", 0): cost(compute_s=10, is_shared=True, read_s=2, feature_bytes=8)}
+    stored = frozenset(("mobilenet_v2", "train", epoch, 5) for epoch in (0, 1))
+    one = setting(costs, store_bytes=2 * 10 * 8)
+    outcome = played(sweep(1, depth=0), dataclasses.replace(one, stored=stored)).run()
+    assert outcome.duration_s == 2 * 10 * 1 + 10 * 10 + 3 * 2 * 10
+
+
+def test_features_of_cuts_that_a_sweep_does_not_have_are_nothing_to_it() -> None:
+    costs = {("mobilenet_v2", 0): cost(compute_s=10, is_shared=True, read_s=2, feature_bytes=8)}
+    stored = frozenset({("mobilenet_v2", "train", 0, 2), ("resnet50", "val", 0, 5)})
+    with_stored = dataclasses.replace(setting(costs), stored=stored)
+    assert (
+        played(sweep(1, depth=0), with_stored).run()
+        == played(sweep(1, depth=0), setting(costs)).run()
+    )
 
 
 def test_features_that_find_no_room_are_computed_by_every_trial() -> None:
@@ -271,6 +291,20 @@ def test_a_plan_is_the_same_every_time() -> None:
     costs = {("mobilenet_v2", 5): cost(train_s=1)}
     searched = sweep(8, max_epochs=9, scheduler=SchedulerSettings(), sampler="gp")
     assert foretell(searched, setting(costs)) == foretell(searched, setting(costs))
+
+
+@pytest.mark.parametrize(
+    ("long_s", "enough_s", "passes"),
+    [(math.inf, math.inf, [4, 4, 64, 64, 64, 64]), (0.0, 1e-9, [4, 4, 64])],
+)
+def test_work_that_takes_long_is_done_to_all_images_once(
+    monkeypatch: pytest.MonkeyPatch, long_s: float, enough_s: float, passes: list[int]
+) -> None:
+    monkeypatch.setattr(kind_cost, "LONG_S", long_s)
+    monkeypatch.setattr(kind_cost, "ENOUGH_S", enough_s)
+    done: list[int] = []
+    kind_cost._time(done.append, 64, torch.device("cpu"))
+    assert done == passes
 
 
 @pytest.mark.slow

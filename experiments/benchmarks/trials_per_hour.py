@@ -279,7 +279,7 @@ def main() -> None:
     )
     parser.add_argument("--weights", type=Path, default=SHARED / "weights", help="a folder")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--first-pair", type=int, default=0, help="its number is its seed")
+    parser.add_argument("--first-pair", type=int, default=0, help="its seed; take a new --out")
     parser.add_argument("--trials", type=int, default=4, help="a side and pair")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--image-size-px", type=int, default=96)

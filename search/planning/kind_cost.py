@@ -30,7 +30,7 @@ from search.tuning.trial import (
     on_this_node,
 )
 
-# Timed after one that is not: the first chooses kernels and allocates.
+# Timed after what is not: the first passes choose kernels and allocate.
 NUM_TIMED = 3
 
 # A few that together take so long say enough.
@@ -60,8 +60,9 @@ class KindCost:
         save_s: To write an epoch's checkpoints.
         best_bytes: A checkpoint that is kept.
         last_bytes: A checkpoint to go on from.
-        peak_bytes: Most memory that was taken: a GPU's, the process included; the process's own on
-            a CPU, which gives nothing back; 0 if the system does not tell.
+        peak_bytes: Most memory that a block of features, a training step, and validation took: a
+            GPU's, the process included; the process's own on a CPU, which gives nothing back; 0 if
+            the system does not tell.
     """
 
     build_s: float
@@ -117,7 +118,7 @@ def _measure_kind(run: Run, kind: Kind) -> KindCost:
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         compute_s, cost = _time_features(run, module, data, params)
         # Of a block of images, again and again: what takes time is their number.
-        features = _features(module, data, data.rows["train"][:FROZEN_BLOCK], epoch=0)
+        features = _features(module, data, data.rows["train"][:FROZEN_BLOCK])
         train_s, optimizer = _time_training(module, data, features, params.batch_size)
         val_s = _time_validation(module, features)
     save_s, best_bytes, last_bytes = _time_checkpoints(module, optimizer, sweep.files)
@@ -156,9 +157,7 @@ def _time_features(
         cost = feature_cache_of(run, module, data).cost("train", 0)
         return cost.compute_s, cost
     rows = data.rows["train"][: params.batch_size]
-    seconds = _time(
-        lambda num: _features(module, data, rows[:num], epoch=0), len(rows), data.device
-    )
+    seconds = _time(lambda num: _features(module, data, rows[:num]), len(rows), data.device)
     return seconds, None
 
 
@@ -183,9 +182,7 @@ def _time_training(
 
 
 def _time_validation(module: ImageClassifier, features: Tensor) -> float:
-    # On a CPU an image takes as long among few as among many.
-    if features.device.type != "cpu":
-        features = _repeated(features, VAL_BATCH_SIZE)
+    features = _repeated(features, VAL_BATCH_SIZE)
     module.eval()
     with torch.no_grad():
         return _time(lambda num: module.logits(features[:num]), len(features), features.device)
@@ -219,12 +216,10 @@ def _num_bytes(files: SweepFiles, name: str) -> int:
         return file.seek(0, os.SEEK_END)
 
 
-def _features(
-    module: ImageClassifier, data: PackDataModule, rows: Tensor, *, epoch: int | None
-) -> Tensor:
+def _features(module: ImageClassifier, data: PackDataModule, rows: Tensor) -> Tensor:
     images = data.images
     taken = take_rows(images, rows.to(images.device)).unsqueeze(1).to(data.device)
-    return module.frozen_features(taken, rows.to(data.device), epoch=epoch)
+    return module.frozen_features(taken, rows.to(data.device), epoch=0)
 
 
 def _time(work: Callable[[int], object], num_images: int, device: torch.device) -> float:

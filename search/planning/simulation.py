@@ -100,8 +100,11 @@ class Simulation:
             name: (self._rng.normal(), self._rng.uniform(0, 2 * math.pi), self._rng.uniform(1, 5))
             for name in sweep.space
         }
-        self._stored = set(setting.stored)
-        self._stored_bytes = 0.0
+        # What other sweeps have stored for cuts that this one does not have is of no use to it.
+        self._stored = {
+            place for place in setting.stored if (place[0], NUM_STAGES - place[3]) in setting.costs
+        }
+        self._stored_bytes = float(sum(self._num_bytes(*place) for place in self._stored))
 
     def run(self) -> Outcome:
         """Play the sweep through."""
@@ -207,7 +210,7 @@ class Simulation:
             return num_images * cost.compute_s
         if (kind[0], split, epoch, cut) in self._stored:
             return num_images * cost.read_s / 2
-        room = num_images * cost.feature_bytes
+        room = self._num_bytes(kind[0], split, epoch, cut)
         if self._stored_bytes + room > self.setting.store_bytes:
             return num_images * cost.compute_s
         known_s = [
@@ -218,6 +221,11 @@ class Simulation:
         self._stored.add((kind[0], split, epoch, cut))
         self._stored_bytes += room
         return num_images * (max(0.0, cost.compute_s - max(known_s, default=0.0)) + cost.read_s)
+
+    def _num_bytes(self, backbone: str, split: str, epoch: int, cut: int) -> int:
+        """Return the room that features take in the store."""
+        num_images = self.setting.num_train if split == "train" else self.setting.num_val
+        return num_images * self.setting.costs[backbone, NUM_STAGES - cut].feature_bytes
 
 
 def kind_of(params: Mapping[str, Any] | TrialParams) -> Kind:

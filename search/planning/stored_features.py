@@ -1,9 +1,10 @@
 """Which features of frozen stages earlier sweeps have left on this machine."""
 
-from dataclasses import replace
+import torch
 
 from lightning_modules.data.datamodule import PackDataModule
-from search.tuning.trial import Run, build_module, feature_cache_of, feature_store, on_this_node
+from lightning_modules.feature_keys import FeatureKeys
+from search.tuning.trial import Run, feature_store
 
 
 def stored_features(run: Run) -> frozenset[tuple[str, str, int, int]]:
@@ -13,20 +14,21 @@ def stored_features(run: Run) -> frozenset[tuple[str, str, int, int]]:
     """
     sweep = run.sweep
     store = feature_store(sweep.resources.feature_cache_gib, since=run.started)
-    is_known = not run.on_gpu and "augmentation_strength" not in sweep.space
-    if not is_known or store is None or not store.folder.is_dir():
+    if store is None or run.on_gpu or "augmentation_strength" in sweep.space:
         return frozenset()
-    run = on_this_node(run)
-    data = PackDataModule(run.manifest, run.pack, batch_size=1, seed=sweep.seed)
     found = set()
     for backbone in sweep.backbones:
-        module = build_module(
-            replace(sweep.params, backbone=backbone, unfreeze_depth=0),
-            sweep=sweep,
-            manifest=run.manifest,
-            weights=run.weights,
-            seed=sweep.seed,
+        keys = FeatureKeys(
+            backbone=backbone,
+            weights_digest=run.weights[backbone].digest,
+            pack_digest=run.pack.digest,
+            rows=PackDataModule(run.manifest, run.pack, batch_size=1, seed=sweep.seed).rows,
+            augmentation=sweep.augmentation,
+            strength=sweep.params.augmentation_strength,
             view_seed=sweep.seed,
+            precision=run.precisions[backbone],
+            device=torch.device("cpu"),
         )
-        found |= {(backbone, *place) for place in feature_cache_of(run, module, data).at_hand()}
+        at_hand = keys.at_hand(store, sweep.training.max_epochs)
+        found |= {(backbone, *place) for place in at_hand}
     return frozenset(found)
