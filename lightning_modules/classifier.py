@@ -180,25 +180,30 @@ class ImageClassifier(pl.LightningModule):
         images = (intensities - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)
 
-    def frozen_features(self, images: Tensor, rows: Tensor, *, epoch: int | None) -> Tensor:
+    def frozen_features(
+        self, images: Tensor, rows: Tensor, *, epoch: int | None, cut: int | None = None
+    ) -> Tensor:
         """Return what the frozen stages make of images; the normalised images if none is frozen.
 
         Args:
             images: Shape ``(B, 1, H, W)``, uint8 grey.
             rows: Shape ``(B,)``, int64: the images' row numbers.
             epoch: Whose views to take; none for the images as they are.
+            cut: How many of the frozen stages; all if none is given.
 
         Returns:
-            What ``logits`` takes. It has no gradient.
+            What ``logits`` takes, of all frozen stages. It has no gradient.
         """
         with torch.no_grad():
             if epoch is None:
                 intensities = images.to(torch.float32) / 255
             else:
                 intensities = self.views(images, epoch=epoch, samples=rows)
-            return self.pass_frozen(self.normalise(intensities))
+            return self.pass_frozen(self.normalise(intensities), cut=cut)
 
-    def pass_frozen(self, activations: Tensor, first_stage: int = 0) -> Tensor:
+    def pass_frozen(
+        self, activations: Tensor, first_stage: int = 0, cut: int | None = None
+    ) -> Tensor:
         """Pass activations through the frozen stages, from one of them on.
 
         On a CPU the stages are always given the same number of images. Which kernel is chosen, and
@@ -208,15 +213,17 @@ class ImageClassifier(pl.LightningModule):
         Args:
             activations: What the stage before ``first_stage`` returns; normalised images for 0.
             first_stage: The stage to start from.
+            cut: The stage to end before; the first that is trained if none is given.
 
         Returns:
-            Shape ``(B, C, h, w)``, or tokens ``(B, T, C)``; ``(B, num_features)``, pooled, if every
-            stage is frozen.
+            Shape ``(B, C, h, w)``, or tokens ``(B, T, C)``; ``(B, num_features)``, pooled, after
+            the last of all stages.
         """
-        stages = self.backbone.stages[first_stage : self.frozen_stages]
+        cut = self.frozen_stages if cut is None else cut
+        stages = self.backbone.stages[first_stage:cut]
         if not len(stages):
             return activations
-        is_pooled = self.frozen_stages == len(self.backbone.stages)
+        is_pooled = cut == len(self.backbone.stages)
         blocks = [activations]
         if activations.device.type == "cpu":
             padding = activations[:1].expand(

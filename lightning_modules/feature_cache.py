@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,9 @@ class FeatureCache:
     of, see ``FeatureKeys``, so that every trial which asks for the same gets the same, to the last
     bit what it would have computed itself (on a CPU; to rounding on a GPU).
 
+    A worker that computes features stores those of shallower cuts on its way, where other trials of
+    the sweep have such cuts: what is frozen is passed once for all depths, whoever comes first.
+
     Nothing is stored where that cannot pay: if no other trial will see the same views, if reading
     takes as long as computing, or if there is no room. Then trials compute, batch by batch.
 
@@ -42,6 +45,7 @@ class FeatureCache:
         weights_digest: Of the whole backbone before training.
         precision: As the trainer names it.
         views_are_shared: Whether other trials see the same views.
+        cuts: How many stages are frozen in the sweep's trials.
 
     Attributes:
         outcome: What became of the training features of the last epoch asked for, for people.
@@ -56,12 +60,14 @@ class FeatureCache:
         weights_digest: str,
         precision: str,
         views_are_shared: bool,
+        cuts: Collection[int] = (),
     ) -> None:
         self.module = module
         self.data = data
         self.store = store
         self.views_are_shared = views_are_shared or module.views.strength == 0
         self.cut = module.frozen_stages
+        self.cuts = cuts
         self.outcome = ""
         self.weights_digest = weights_digest
         self.precision = precision
@@ -123,8 +129,8 @@ class FeatureCache:
         found = self.store.find(key)
         if found is not None:
             return found, "from the cache"
-        cost = self.cost(split, epoch)
-        if cost.compute_s * READ_SHARE < cost.round_trip_s:
+        cost = self.cost(split, epoch, self.cut)
+        if not cost.pays:
             return None, (
                 f"computed, {cost.num_bytes / 1024:.0f} KiB an image take as long to read as to "
                 "compute"
@@ -135,16 +141,16 @@ class FeatureCache:
                 with self.store.claim(key) as claim:
                     found = self.store.find(key)  # another worker may have finished meanwhile
                     if found is None and claim is not None:
-                        if not self._fill(claim, split, epoch, cost):
+                        if not self._fill(claim, split, epoch, self.cut):
                             return None, "computed, the cache is full"
                         return self.store.find(key), "computed and cached"
                 if found is None:
-                    ahead_epoch = self._compute_ahead(split, epoch, ahead_epoch, cost)
+                    ahead_epoch = self._compute_ahead(split, epoch, ahead_epoch)
         except OSError as error:
             return None, f"computed, the cache could not be written ({error.strerror})"
         return found, "from the cache"
 
-    def _compute_ahead(self, split: str, epoch: int, ahead_epoch: int, cost: "Cost") -> int:
+    def _compute_ahead(self, split: str, epoch: int, ahead_epoch: int) -> int:
         """Compute a later epoch's features, or wait a moment; return how far this worker got."""
         assert self.store is not None  # noqa: S101  narrows the type
         last = min(epoch + AHEAD_EPOCHS, self.module.max_epochs - 1) if split == "train" else epoch
@@ -154,63 +160,81 @@ class FeatureCache:
             if self.store.find(key) is None:
                 with self.store.claim(key) as claim:
                     if claim is not None and self.store.find(key) is None:
-                        self._fill(claim, split, ahead_epoch, cost)
+                        self._fill(claim, split, ahead_epoch, self.cut)
                         return ahead_epoch
         time.sleep(POLL_S)
         return ahead_epoch
 
-    def _fill(self, claim: Claim, split: str, epoch: int, cost: "Cost") -> bool:
+    def _fill(self, claim: Claim, split: str, epoch: int, cut: int) -> bool:
         """Compute a claimed key's features into the store; tell whether there was room."""
         num_images = len(self.data.rows[split])
+        cost = self.cost(split, epoch, cut)
         worth_s = num_images * cost.compute_s
         if not claim.reserve(num_images * cost.num_bytes, worth_s=worth_s):
             return False
-        claim.write(self._blocks(split, epoch), worth_s=worth_s)
+        self._fill_shallower(split, epoch, cut)
+        claim.write(self._blocks(split, epoch, cut), worth_s=worth_s)
         return True
 
-    def _blocks(self, split: str, epoch: int) -> Iterator[Tensor]:
+    def _fill_shallower(self, split: str, epoch: int, cut: int) -> None:
+        """Compute what the way to a cut leads past, if trials with such cuts will ask for it."""
+        assert self.store is not None  # noqa: S101  narrows the type
+        for shallower in sorted((c for c in self.cuts if 0 < c < cut), reverse=True):
+            key = self.keys.of(split, epoch, shallower)
+            if self.store.find(key) is not None:
+                return
+            if self.cost(split, epoch, shallower).pays:
+                with self.store.claim(key) as claim:  # held by another, it is not waited for
+                    if claim is not None and self.store.find(key) is None:
+                        self._fill(claim, split, epoch, shallower)
+                return
+
+    def _blocks(self, split: str, epoch: int, cut: int) -> Iterator[Tensor]:
         """Yield the features of a split block by block, from the deepest cut that is at hand."""
         assert self.store is not None  # noqa: S101  narrows the type
         rows = self.data.rows[split]
         device = self.data.device
         start, shallower = 0, None
-        for cut in range(self.cut - 1, 0, -1):
-            found = self.store.find(self.keys.of(split, epoch, cut))
+        for at_hand in range(cut - 1, 0, -1):
+            found = self.store.find(self.keys.of(split, epoch, at_hand))
             if found is not None:
-                start, shallower = cut, _channels_second(found)
+                start, shallower = at_hand, _channels_second(found)
                 break
         for places in torch.arange(len(rows)).split(_block_size(device)):
             if shallower is None:
-                yield _channels_last(self._compute(rows[places], split, epoch))
+                yield _channels_last(self._compute(rows[places], split, epoch, cut))
             else:
                 given = take_rows(shallower, places).to(device)
                 with torch.no_grad():
-                    yield _channels_last(self.module.pass_frozen(given, first_stage=start))
+                    passed = self.module.pass_frozen(given, first_stage=start, cut=cut)
+                yield _channels_last(passed)
 
-    def _compute(self, rows: Tensor, split: str, epoch: int) -> Tensor:
+    def _compute(self, rows: Tensor, split: str, epoch: int, cut: int) -> Tensor:
         images = self.data.images
         taken = take_rows(images, rows.to(images.device)).unsqueeze(1).to(self.data.device)
+        views_of = epoch if split == "train" else None
         return self.module.frozen_features(
-            taken, rows.to(self.data.device), epoch=epoch if split == "train" else None
+            taken, rows.to(self.data.device), epoch=views_of, cut=cut
         )
 
-    def cost(self, split: str, epoch: int) -> "Cost":
+    def cost(self, split: str, epoch: int, cut: int) -> "Cost":
         """Measure, once a process, what computing and reading an image's features take.
 
         Args:
             split: Whose images.
             epoch: Whose views.
+            cut: How many stages; as many as are frozen at most.
         """
         assert self.store is not None  # noqa: S101  narrows the type
         device = self.data.device
-        name = (self.module.backbone.name, self.cut, self.data.pack.image_size_px)
+        name = (self.module.backbone.name, cut, self.data.pack.image_size_px)
         key = (*name, self.precision, str(device))
         if key not in _COSTS:
             rows = self.data.rows[split][: _block_size(device)]
-            block = self._compute(rows, split, epoch)  # what is only done the first time
+            block = self._compute(rows, split, epoch, cut)  # what is only done the first time
             _synchronize(device)
             start_s = time.perf_counter()
-            block = _channels_last(self._compute(rows, split, epoch))
+            block = _channels_last(self._compute(rows, split, epoch, cut))
             compute_s = time.perf_counter() - start_s
             _COSTS[key] = Cost(
                 num_bytes=block.nbytes // len(rows),
@@ -233,6 +257,11 @@ class Cost:
     num_bytes: int
     compute_s: float
     round_trip_s: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether reading takes so much less than computing that it is worth the room."""
+        return self.round_trip_s <= self.compute_s * READ_SHARE
 
 
 _COSTS: dict[tuple[str | int, ...], Cost] = {}

@@ -22,6 +22,7 @@ from lightning_modules.data.datamodule import PackDataModule
 from lightning_modules.data.manifest import Manifest
 from lightning_modules.data.pack import Pack
 from lightning_modules.feature_cache import FeatureCache
+from lightning_modules.feature_keys import FeatureKeys
 
 MakeData = Callable[..., tuple[Manifest, Pack]]
 
@@ -125,11 +126,11 @@ def test_features_are_computed_on_the_gpu_and_kept_off_it(
     cache = FeatureCache(
         module, steps, store=store, weights_digest="w", precision="32-true", views_are_shared=True
     )
-    monkeypatch.setattr(FeatureCache, "_key", lambda *_: "key")
+    monkeypatch.setattr(FeatureKeys, "of", lambda *_: "key")
     train = next(iter(steps.train_dataloader()))
     with fake_gpu(monkeypatch, memory_bytes=2**30):
         to_gpu(module)
-        (block,) = cache._blocks("train", epoch=1)
+        (block,) = cache._blocks("train", epoch=1, cut=3)
         assert block.device.type == "cpu"
         steps.features_of = lambda split, epoch: steps.settle(block.permute(0, 3, 1, 2))
         for batch in train:

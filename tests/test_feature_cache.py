@@ -89,6 +89,7 @@ def make(data: Data, weights: dict[str, Path], tmp_path: Path) -> Make:
         batch_size: int = 8,
         pack_digest: str = "0" * 64,
         seed: int = 5,
+        cuts: tuple[int, ...] = (),
         **changes: Any,
     ) -> FeatureCache:
         settings: dict[str, Any] = {
@@ -118,6 +119,7 @@ def make(data: Data, weights: dict[str, Path], tmp_path: Path) -> Make:
             weights_digest=weights_digest,
             precision=precision,
             views_are_shared=views_are_shared,
+            cuts=cuts,
         )
         datamodule.features_of = cache.features
         return cache
@@ -358,9 +360,11 @@ def test_a_deeper_cut_starts_from_the_deepest_one_at_hand(
     started_from = []
     original = ImageClassifier.pass_frozen
 
-    def spy(self: ImageClassifier, activations: Tensor, first_stage: int = 0) -> Tensor:
+    def spy(
+        self: ImageClassifier, activations: Tensor, first_stage: int = 0, cut: int | None = None
+    ) -> Tensor:
         started_from.append(first_stage)
-        return original(self, activations, first_stage)
+        return original(self, activations, first_stage, cut)
 
     monkeypatch.setattr(ImageClassifier, "pass_frozen", spy)
     continued = make(backbone=backbone, unfreeze_depth=1)
@@ -370,6 +374,58 @@ def test_a_deeper_cut_starts_from_the_deepest_one_at_hand(
     expected = continued.module.frozen_features(images, continued.data.rows["train"], epoch=0)
     assert features is not None
     assert torch.equal(features, expected)
+
+
+@pytest.mark.parametrize(
+    "backbone", ["mobilenet_v2", pytest.param("vit_b_16", marks=pytest.mark.slow)]
+)
+def test_cuts_of_other_trials_are_stored_on_the_way_to_the_last_bit(
+    make: Make, backbone: str
+) -> None:
+    # The trials' depths are 0, 1, and 3.
+    first = make(backbone=backbone, unfreeze_depth=0, cuts=(5, 4, 2))
+    assert first.features("train", 1) is not None
+    assert first.keys.at_hand(first.store, NUM_EPOCHS) == {("train", 1, cut) for cut in (2, 4, 5)}
+    rows = first.data.rows["train"]
+    images = first.data.images[rows].unsqueeze(1)
+    for depth in (0, 1, 3):
+        trial = make(backbone=backbone, unfreeze_depth=depth)
+        features = trial.features("train", 1)
+        assert trial.outcome == "from the cache"
+        assert features is not None
+        assert torch.equal(features, trial.module.frozen_features(images, rows, epoch=1))
+
+
+def test_cuts_that_do_not_pay_are_passed_by(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cost(cache: FeatureCache, split: str, epoch: int, cut: int) -> feature_cache.Cost:
+        return feature_cache.Cost(num_bytes=4096, compute_s=1.0, round_trip_s=float(cut == 4))
+
+    monkeypatch.setattr(FeatureCache, "cost", cost)
+    cache = make(unfreeze_depth=0, cuts=(5, 4, 2))
+    assert cache.features("val", 0) is not None
+    assert cache.keys.at_hand(cache.store, NUM_EPOCHS) == {("val", 0, 5), ("val", 0, 2)}
+
+
+def test_a_cut_that_another_worker_computes_is_not_waited_for(make: Make) -> None:
+    cache = make(unfreeze_depth=0, cuts=(5, 4, 2))
+    assert cache.store is not None
+    with cache.store.claim(cache.keys.of("train", 0, 4)) as claim:
+        assert claim is not None
+        features = cache.features("train", 0)
+    assert cache.keys.at_hand(cache.store, NUM_EPOCHS) == {("train", 0, 5)}
+    alone = make(unfreeze_depth=0, cached=False)
+    rows = alone.data.rows["train"]
+    images = alone.data.images[rows].unsqueeze(1)
+    assert features is not None
+    assert torch.equal(features, alone.module.frozen_features(images, rows, epoch=0))
+
+
+def test_there_is_room_for_ones_own_cut_before_that_of_others(make: Make) -> None:
+    # 21 images of 4096 bytes, as told, and a header: room for one, not for two.
+    cache = make(unfreeze_depth=0, cuts=(5, 4), limit_mib=0.1)
+    assert cache.features("train", 0) is not None
+    assert cache.outcome == "computed and cached"
+    assert cache.keys.at_hand(cache.store, NUM_EPOCHS) == {("train", 0, 5)}
 
 
 def test_the_same_images_are_computed_once_for_all_epochs(make: Make, tmp_path: Path) -> None:
@@ -430,7 +486,7 @@ def test_features_that_take_as_long_to_read_as_to_compute_are_not_cached(
 def test_the_cost_of_features_is_measured(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(feature_cache, "_COSTS", {})
-    cost = make(unfreeze_depth=0).cost("train", 0)
+    cost = make(unfreeze_depth=0).cost("train", 0, 5)
     assert cost.num_bytes == 1280 * 4
     assert cost.compute_s > 0
     assert cost.round_trip_s > 0
@@ -470,7 +526,7 @@ def test_while_another_worker_computes_an_epoch_this_one_computes_later_ones(
             time.sleep(0.01)
         assert thread.is_alive()  # three epochs ahead it stops, and waits
         assert not store.path_of(other.keys.of("train", 4, other.cut)).exists()
-        assert other._fill(claim, "train", 0, other.cost("train", 0))
+        assert other._fill(claim, "train", 0, other.cut)
     thread.join(60)
     assert got[0] is not None
     assert waiting.outcome == "from the cache"
@@ -512,7 +568,9 @@ def test_pictures_score_validation_images_alike_with_stored_features_and_without
 
     manifest, pack = data
     run: Any = SimpleNamespace(
-        sweep=SimpleNamespace(resources=SimpleNamespace(feature_cache_gib=1.0), space={}),
+        sweep=SimpleNamespace(
+            resources=SimpleNamespace(feature_cache_gib=1.0), space={}, params=TrialParams()
+        ),
         manifest=manifest,
         pack=Pack(pack.path, "0" * 64, SIDE_PX, {}),
         weights={"mobilenet_v2": SimpleNamespace(digest="w")},

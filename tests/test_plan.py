@@ -141,8 +141,24 @@ def test_a_deeper_cut_starts_from_the_features_of_a_shallower_one() -> None:
     shallow = cost(compute_s=4, is_shared=True, feature_bytes=1)
     costs = {("mobilenet_v2", 0): deep, ("mobilenet_v2", 3): shallow}
     one = played(sweep(1, depth=0), setting(costs))
-    assert one._features_s(("mobilenet_v2", 3), "train", 0, 10) == 40
-    assert one._features_s(("mobilenet_v2", 0), "train", 0, 10) == 60
+    assert one._features_s(("mobilenet_v2", 3), "train", 0) == 40
+    assert one._features_s(("mobilenet_v2", 0), "train", 0) == 60
+
+
+def test_a_shallower_cut_is_stored_on_the_way_to_a_deeper_one() -> None:
+    deep = cost(compute_s=10, is_shared=True, feature_bytes=1, read_s=2)
+    shallow = cost(compute_s=4, is_shared=True, feature_bytes=3, read_s=1)
+    unshared = cost(compute_s=7, feature_bytes=0)
+    costs = {("mobilenet_v2", 0): deep, ("mobilenet_v2", 1): unshared, ("mobilenet_v2", 3): shallow}
+    one = played(sweep(1, depth=0), setting(costs))
+    # Ten images: 4 + 1 to the shallower cut, 6 + 2 from there.
+    assert one._features_s(("mobilenet_v2", 0), "train", 0) == 130
+    assert one._features_s(("mobilenet_v2", 3), "train", 0) == 10 / 2
+    assert one._stored_bytes == 40
+    # No room for the shallower: straight to the deeper.
+    little = played(sweep(1, depth=0), setting(costs, store_bytes=39))
+    assert little._features_s(("mobilenet_v2", 0), "train", 0) == 120
+    assert little._features_s(("mobilenet_v2", 3), "train", 0) == 40
 
 
 def test_as_many_slots_take_that_much_less_time() -> None:

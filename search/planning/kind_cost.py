@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lightning_modules.classifier import FROZEN_BLOCK, ImageClassifier
 from lightning_modules.data.datamodule import VAL_BATCH_SIZE, Batch, PackDataModule, take_rows
-from lightning_modules.feature_cache import READ_SHARE
 from lightning_modules.step_cost import CONTEXT_BYTES
 from search.study.sweep_files import SweepFiles
 from search.sweep import TrialParams
@@ -122,7 +121,7 @@ def _measure_kind(run: Run, kind: Kind) -> KindCost:
         train_s, optimizer = _time_training(module, data, features, params.batch_size)
         val_s = _time_validation(module, features)
     save_s, best_bytes, last_bytes = _time_checkpoints(module, optimizer, sweep.files)
-    pays = cost is not None and cost.compute_s * READ_SHARE >= cost.round_trip_s
+    pays = cost is not None and cost.pays
     return KindCost(
         build_s=build_s,
         compute_s=compute_s,
@@ -154,7 +153,7 @@ def _time_features(
     """Return the seconds that an image's features take, and the store's own account of it."""
     store = feature_store(run.sweep.resources.feature_cache_gib, since=run.started)
     if store is not None and module.frozen_stages:
-        cost = feature_cache_of(run, module, data).cost("train", 0)
+        cost = feature_cache_of(run, module, data).cost("train", 0, module.frozen_stages)
         return cost.compute_s, cost
     rows = data.rows["train"][: params.batch_size]
     seconds = _time(lambda num: _features(module, data, rows[:num]), len(rows), data.device)

@@ -104,7 +104,9 @@ class Simulation:
         self._stored = {
             place for place in setting.stored if (place[0], NUM_STAGES - place[3]) in setting.costs
         }
-        self._stored_bytes = float(sum(self._num_bytes(*place) for place in self._stored))
+        self._stored_bytes = float(
+            sum(self._num_bytes(backbone, split, cut) for backbone, split, _, cut in self._stored)
+        )
 
     def run(self) -> Outcome:
         """Play the sweep through."""
@@ -192,40 +194,64 @@ class Simulation:
         kind = kind_of(trial.config["params"])
         cost, setting = self.setting.costs[kind], self.setting
         return (
-            self._features_s(kind, "train", trial.epoch, setting.num_train)
+            self._features_s(kind, "train", trial.epoch)
             + setting.num_train * cost.train_s
-            + self._features_s(kind, "val", 0, setting.num_val)
+            + self._features_s(kind, "val", 0)
             + setting.num_val * cost.val_s
             + cost.save_s
             + EPOCH_OVERHEAD_S
         )
 
-    def _features_s(self, kind: Kind, split: str, epoch: int, num_images: int) -> float:
+    def _features_s(self, kind: Kind, split: str, epoch: int) -> float:
         """Return the seconds that features take: to compute, or, once they are stored, to read."""
         cost = self.setting.costs[kind]
-        cut = NUM_STAGES - kind[1]
-        # The images as they are do not depend on a trial's own strength of augmentation.
-        is_stored = cost.is_shared or (split == "val" and cost.feature_bytes > 0)
-        if not is_stored:
-            return num_images * cost.compute_s
+        cut, num_images = NUM_STAGES - kind[1], self._num_images(split)
         if (kind[0], split, epoch, cut) in self._stored:
             return num_images * cost.read_s / 2
-        room = self._num_bytes(kind[0], split, epoch, cut)
-        if self._stored_bytes + room > self.setting.store_bytes:
-            return num_images * cost.compute_s
-        known_s = [
-            self.setting.costs[kind[0], NUM_STAGES - shallower].compute_s
-            for shallower in range(1, cut)
-            if (kind[0], split, epoch, shallower) in self._stored
-        ]
-        self._stored.add((kind[0], split, epoch, cut))
-        self._stored_bytes += room
-        return num_images * (max(0.0, cost.compute_s - max(known_s, default=0.0)) + cost.read_s)
+        filled_s = self._fill_s(kind[0], split, epoch, cut) if _is_stored(cost, split) else None
+        return num_images * cost.compute_s if filled_s is None else filled_s
 
-    def _num_bytes(self, backbone: str, split: str, epoch: int, cut: int) -> int:
+    def _fill_s(self, backbone: str, split: str, epoch: int, cut: int) -> float | None:
+        """Return the seconds to compute and store features; none if there is no room for them."""
+        costs, num_images = self.setting.costs, self._num_images(split)
+        cost = costs[backbone, NUM_STAGES - cut]
+        num_bytes = self._num_bytes(backbone, split, cut)
+        if self._stored_bytes + num_bytes > self.setting.store_bytes:
+            return None
+        self._stored.add((backbone, split, epoch, cut))
+        self._stored_bytes += num_bytes
+        # From the deepest of the shallower cuts, which is stored on the way if any trial has it.
+        before_s, passed_s = 0.0, 0.0
+        for shallower in range(cut - 1, 0, -1):
+            other = costs.get((backbone, NUM_STAGES - shallower))
+            if other is None:
+                continue
+            filled_s: float | None = None
+            if (backbone, split, epoch, shallower) in self._stored:
+                filled_s = 0.0
+            elif _is_stored(other, split):
+                filled_s = self._fill_s(backbone, split, epoch, shallower)
+            if filled_s is not None:
+                before_s, passed_s = filled_s, other.compute_s
+                break
+        return before_s + num_images * (max(0.0, cost.compute_s - passed_s) + cost.read_s)
+
+    def _num_images(self, split: str) -> int:
+        return self.setting.num_train if split == "train" else self.setting.num_val
+
+    def _num_bytes(self, backbone: str, split: str, cut: int) -> int:
         """Return the room that features take in the store."""
-        num_images = self.setting.num_train if split == "train" else self.setting.num_val
-        return num_images * self.setting.costs[backbone, NUM_STAGES - cut].feature_bytes
+        return (
+            self._num_images(split) * self.setting.costs[backbone, NUM_STAGES - cut].feature_bytes
+        )
+
+
+def _is_stored(cost: KindCost, split: str) -> bool:
+    """Tell whether features are worth their room.
+
+    The images as they are do not depend on a trial's own strength of augmentation.
+    """
+    return cost.is_shared or (split == "val" and cost.feature_bytes > 0)
 
 
 def kind_of(params: Mapping[str, Any] | TrialParams) -> Kind:

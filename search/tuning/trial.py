@@ -27,6 +27,7 @@ from lightning_modules.data.pack import Pack, default_cache_dir
 from lightning_modules.errors import InputError
 from lightning_modules.feature_cache import FeatureCache
 from lightning_modules.feature_store import FeatureStore, Moment
+from lightning_modules.stages import NUM_STAGES
 from lightning_modules.weights import WeightOrigin, num_initial_backbones
 from search.data import check_same_data, prepare_data
 from search.space import Choice
@@ -37,6 +38,7 @@ from search.tuning.checkpoint import AtomicCheckpointIO
 from search.tuning.checkpoint_files import folder_of
 from search.tuning.event_folder import EventFolder
 from search.tuning.patience import patiently
+from search.tuning.resources import values_of
 from search.tuning.shared_weights import local_weights
 from search.tuning.survey import check_joined_node
 from search.tuning.trial_board import TrialBoard
@@ -269,6 +271,7 @@ def feature_cache_of(run: Run, module: ImageClassifier, data: PackDataModule) ->
         weights_digest=run.weights[backbone].digest,
         precision=run.precisions[backbone],
         views_are_shared=are_views_shared(run.sweep),
+        cuts={NUM_STAGES - depth for depth in values_of(run.sweep, "unfreeze_depth")},
     )
 
 
