@@ -1,5 +1,6 @@
 """Features of the frozen stages: computed once a node for each view, and shared by all trials."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Collection, Iterator
@@ -18,7 +19,7 @@ from lightning_modules.feature_store import Claim, FeatureStore
 AHEAD_EPOCHS = 3
 
 # Reading must take less than this share of the time to compute: a worker that writes features which
-# nobody else asks for, and reads them back, then loses less than that.
+# nobody else asks for, those of shallower cuts included, and reads them back, loses less than that.
 READ_SHARE = 0.5
 
 POLL_S = 0.02
@@ -32,8 +33,8 @@ class FeatureCache:
     of, see ``FeatureKeys``, so that every trial which asks for the same gets the same, to the last
     bit what it would have computed itself (on a CPU; to rounding on a GPU).
 
-    A worker that computes features stores those of shallower cuts on its way, where other trials of
-    the sweep have such cuts: what is frozen is passed once for all depths, whoever comes first.
+    A worker that computes features stores those of shallower cuts on its way, where other trials
+    may have such cuts: what is frozen is passed once for all depths, whoever comes first.
 
     Nothing is stored where that cannot pay: if no other trial will see the same views, if reading
     takes as long as computing, or if there is no room. Then trials compute, batch by batch.
@@ -45,7 +46,7 @@ class FeatureCache:
         weights_digest: Of the whole backbone before training.
         precision: As the trainer names it.
         views_are_shared: Whether other trials see the same views.
-        cuts: How many stages are frozen in the sweep's trials.
+        cuts: How many stages may be frozen in other trials that see the same views.
 
     Attributes:
         outcome: What became of the training features of the last epoch asked for, for people.
@@ -141,7 +142,7 @@ class FeatureCache:
                 with self.store.claim(key) as claim:
                     found = self.store.find(key)  # another worker may have finished meanwhile
                     if found is None and claim is not None:
-                        if not self._fill(claim, split, epoch, self.cut):
+                        if not self._fill(claim, split, epoch):
                             return None, "computed, the cache is full"
                         return self.store.find(key), "computed and cached"
                 if found is None:
@@ -160,33 +161,51 @@ class FeatureCache:
             if self.store.find(key) is None:
                 with self.store.claim(key) as claim:
                     if claim is not None and self.store.find(key) is None:
-                        self._fill(claim, split, ahead_epoch, self.cut)
+                        self._fill(claim, split, ahead_epoch)
                         return ahead_epoch
         time.sleep(POLL_S)
         return ahead_epoch
 
-    def _fill(self, claim: Claim, split: str, epoch: int, cut: int) -> bool:
+    def _fill(self, claim: Claim, split: str, epoch: int) -> bool:
         """Compute a claimed key's features into the store; tell whether there was room."""
         num_images = len(self.data.rows[split])
-        cost = self.cost(split, epoch, cut)
+        cost = self.cost(split, epoch, self.cut)
         worth_s = num_images * cost.compute_s
         if not claim.reserve(num_images * cost.num_bytes, worth_s=worth_s):
             return False
-        self._fill_shallower(split, epoch, cut)
-        claim.write(self._blocks(split, epoch, cut), worth_s=worth_s)
+        # Whatever goes wrong there, the trial's own features still fit.
+        with contextlib.suppress(OSError):
+            self._fill_shallower(split, epoch, self.cut, cost.spare_s)
+        claim.write(self._blocks(split, epoch, self.cut), worth_s=worth_s)
         return True
 
-    def _fill_shallower(self, split: str, epoch: int, cut: int) -> None:
-        """Compute what the way to a cut leads past, if trials with such cuts will ask for it."""
+    def _fill_shallower(self, split: str, epoch: int, cut: int, spare_s: float) -> None:
+        """Store the deepest features on the way to a cut that other trials may ask for.
+
+        Args:
+            split: Whose images.
+            epoch: Whose views.
+            cut: Where the way leads.
+            spare_s: What it may take an image to write them and read them back, those on their own
+                way included.
+        """
         assert self.store is not None  # noqa: S101  narrows the type
         for shallower in sorted((c for c in self.cuts if 0 < c < cut), reverse=True):
             key = self.keys.of(split, epoch, shallower)
             if self.store.find(key) is not None:
                 return
-            if self.cost(split, epoch, shallower).pays:
-                with self.store.claim(key) as claim:  # held by another, it is not waited for
-                    if claim is not None and self.store.find(key) is None:
-                        self._fill(claim, split, epoch, shallower)
+            cost = self.cost(split, epoch, shallower)
+            if not cost.pays or cost.round_trip_s > spare_s:
+                continue
+            num_images = len(self.data.rows[split])
+            worth_s = num_images * cost.compute_s
+            with self.store.claim(key) as claim:  # held by another, it is not waited for
+                if claim is None or not claim.reserve(
+                    num_images * cost.num_bytes, worth_s=worth_s, only_free=True
+                ):
+                    continue
+                self._fill_shallower(split, epoch, shallower, spare_s - cost.round_trip_s)
+                claim.write(self._blocks(split, epoch, shallower), worth_s=worth_s)
                 return
 
     def _blocks(self, split: str, epoch: int, cut: int) -> Iterator[Tensor]:
@@ -231,7 +250,8 @@ class FeatureCache:
         key = (*name, self.precision, str(device))
         if key not in _COSTS:
             rows = self.data.rows[split][: _block_size(device)]
-            block = self._compute(rows, split, epoch, cut)  # what is only done the first time
+            if cut == self.cut:  # what is only done the first time
+                self._compute(rows, split, epoch, cut)
             _synchronize(device)
             start_s = time.perf_counter()
             block = _channels_last(self._compute(rows, split, epoch, cut))
@@ -261,7 +281,12 @@ class Cost:
     @property
     def pays(self) -> bool:
         """Whether reading takes so much less than computing that it is worth the room."""
-        return self.round_trip_s <= self.compute_s * READ_SHARE
+        return self.spare_s >= 0
+
+    @property
+    def spare_s(self) -> float:
+        """What is left of the time that may be lost to writing and reading."""
+        return self.compute_s * READ_SHARE - self.round_trip_s
 
 
 _COSTS: dict[tuple[str | int, ...], Cost] = {}

@@ -70,7 +70,9 @@ class FeatureKeys:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
     def at_hand(self, store: FeatureStore, num_epochs: int) -> set[tuple[str, int, int]]:
-        """Return split, epoch, and cut of what a store holds; validation's epoch is 0."""
+        """Return split, epoch, and cut of what a store holds; images are told at epoch 0 alone."""
+        if self.strength == 0:
+            num_epochs = 1
         epochs = [("val", 0), *(("train", epoch) for epoch in range(num_epochs))]
         return {
             (split, epoch, cut)

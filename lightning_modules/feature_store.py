@@ -158,10 +158,14 @@ class FeatureStore:
         """Return where a key's features lie."""
         return self.folder / f"{key}{SUFFIX}"
 
-    def remove_for(self, claim: "Claim", num_bytes: int, *, worth_s: float) -> bool:
+    def remove_for(
+        self, claim: "Claim", num_bytes: int, *, worth_s: float, only_free: bool
+    ) -> bool:
         """Remove what is worth less than a claim's features; nothing if that is not enough."""
         others = [entry for entry in self._files() if entry.path != claim.path]
         excess = sum(entry.num_bytes for entry in others) + num_bytes - self.limit_bytes
+        if only_free:
+            return excess <= 0
         # The longest unused of earlier sweeps first, then what is soonest computed again.
         idle = [entry for entry in others if entry.used_s < self.since_s]
         cheap = [
@@ -227,7 +231,7 @@ class Claim:
     path: Path
     file: IO[bytes]
 
-    def reserve(self, num_bytes: int, *, worth_s: float) -> bool:
+    def reserve(self, num_bytes: int, *, worth_s: float, only_free: bool = False) -> bool:
         """Set room aside, removing other files that are worth less.
 
         Files not used since the sweep began go first, the longest unused before the others; then
@@ -236,13 +240,14 @@ class Claim:
         Args:
             num_bytes: Length of the values to be written.
             worth_s: What computing them takes.
+            only_free: Remove nothing: of use to others, perhaps, is no reason to.
 
         Returns:
             Whether there is room; if not, nothing was removed.
         """
         needed = num_bytes + HEADER_BYTES
         with self.store.alone():
-            if not self.store.remove_for(self, needed, worth_s=worth_s):
+            if not self.store.remove_for(self, needed, worth_s=worth_s, only_free=only_free):
                 return False
             self.file.truncate(needed)  # counted by others from now on
         return True

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_modules.feature_cache import READ_SHARE
 from lightning_modules.seeds import derive_seed
 from lightning_modules.stages import NUM_STAGES
 from search.planning.blind_draws import BlindDraws
@@ -211,16 +212,31 @@ class Simulation:
         filled_s = self._fill_s(kind[0], split, epoch, cut) if _is_stored(cost, split) else None
         return num_images * cost.compute_s if filled_s is None else filled_s
 
-    def _fill_s(self, backbone: str, split: str, epoch: int, cut: int) -> float | None:
-        """Return the seconds to compute and store features; none if there is no room for them."""
+    def _fill_s(
+        self, backbone: str, split: str, epoch: int, cut: int, spare_s: float | None = None
+    ) -> float | None:
+        """Return the seconds to compute and store features; none if they are not stored.
+
+        As ``FeatureCache`` does it, but that nothing makes room for anything.
+
+        Args:
+            backbone: Whose.
+            split: Of which images.
+            epoch: Of which views.
+            cut: Of how many stages.
+            spare_s: What it may take an image to write them and read them back, on the way to those
+                of a deeper cut; none if they are what is asked for.
+        """
         costs, num_images = self.setting.costs, self._num_images(split)
         cost = costs[backbone, NUM_STAGES - cut]
         num_bytes = self._num_bytes(backbone, split, cut)
-        if self._stored_bytes + num_bytes > self.setting.store_bytes:
+        has_room = self._stored_bytes + num_bytes <= self.setting.store_bytes
+        if not has_room or (spare_s is not None and cost.read_s > spare_s):
             return None
         self._stored.add((backbone, split, epoch, cut))
         self._stored_bytes += num_bytes
-        # From the deepest of the shallower cuts, which is stored on the way if any trial has it.
+        spare_s = (READ_SHARE * cost.compute_s if spare_s is None else spare_s) - cost.read_s
+        # From the deepest of the shallower cuts, which is stored on the way if a trial may have it.
         before_s, passed_s = 0.0, 0.0
         for shallower in range(cut - 1, 0, -1):
             other = costs.get((backbone, NUM_STAGES - shallower))
@@ -230,7 +246,7 @@ class Simulation:
             if (backbone, split, epoch, shallower) in self._stored:
                 filled_s = 0.0
             elif _is_stored(other, split):
-                filled_s = self._fill_s(backbone, split, epoch, shallower)
+                filled_s = self._fill_s(backbone, split, epoch, shallower, spare_s)
             if filled_s is not None:
                 before_s, passed_s = filled_s, other.compute_s
                 break

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from lightning_modules.feature_store import FeatureStore, Moment
 from lightning_modules.stages import NUM_STAGES
 from lightning_modules.weights import WeightOrigin, num_initial_backbones
 from search.data import check_same_data, prepare_data
-from search.space import Choice
+from search.space import Choice, grid_of
 from search.study.sweep_files import StorageError, SweepFiles
 from search.sweep import Sweep, TrialParams
 from search.tuning.callbacks import Report, ReportEpoch
@@ -263,15 +263,21 @@ def feature_store(limit_gib: float | None, *, since: Moment) -> FeatureStore | N
 
 def feature_cache_of(run: Run, module: ImageClassifier, data: PackDataModule) -> FeatureCache:
     """Return what gives a trial the features of its frozen stages."""
-    backbone = module.backbone.name
+    backbone, sweep = module.backbone.name, run.sweep
+    depths: Collection[Any] = ()
+    # A confirmation's views are its own, and no depth is drawn there.
+    if module.views.seed == sweep.seed:
+        depths = values_of(sweep, "unfreeze_depth")
+        if sweep.search.sampler == "grid" and "unfreeze_depth" in sweep.space:
+            depths = grid_of(sweep.space)["unfreeze_depth"]
     return FeatureCache(
         module,
         data,
-        store=feature_store(run.sweep.resources.feature_cache_gib, since=run.started),
+        store=feature_store(sweep.resources.feature_cache_gib, since=run.started),
         weights_digest=run.weights[backbone].digest,
         precision=run.precisions[backbone],
-        views_are_shared=are_views_shared(run.sweep),
-        cuts={NUM_STAGES - depth for depth in values_of(run.sweep, "unfreeze_depth")},
+        views_are_shared=are_views_shared(sweep),
+        cuts={NUM_STAGES - depth for depth in depths},
     )
 
 
