@@ -84,6 +84,23 @@ def test_a_silent_worker_is_not_kept_by_a_jump(monkeypatch: pytest.MonkeyPatch) 
     assert killed == ["the worker"]
 
 
+def test_an_epoch_that_a_trial_has_to_compute_after_stored_ones_may_take_as_long_as_anothers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(silence, "LEAST_S", 2.0)
+    watch = EndSilentWorkers()
+    trials = [SimpleNamespace(trial_id=name) for name in "ab"]
+    for trial, epochs_s in zip(trials, ([4.0], [0.1, 0.1]), strict=True):
+        watch.on_trial_start(0, trials, trial)
+        for epoch_s in epochs_s:
+            watch._silent_s[trial.trial_id] = epoch_s
+            watch.on_trial_result(0, trials, trial, {})
+    watch.on_trial_complete(0, trials, trials[0])
+    for silent_s, is_too_long in ((3.0, False), (11.0, False), (13.0, True)):
+        watch._silent_s["b"] = silent_s
+        assert watch.is_too_long("b") == is_too_long
+
+
 def test_storage_is_waited_for_as_long_after_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [0.0]
 

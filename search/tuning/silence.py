@@ -11,6 +11,10 @@ from ray.tune import Callback
 MAX_RATIO = 10.0
 LEAST_S = 300.0
 
+# And this many times as long as any trial's longest: after epochs whose features others had stored,
+# a trial may come to one that it has to compute itself.
+MAX_RATIO_OF_ALL = 3.0
+
 # Before a trial's first epoch nothing is known of it, and images may have to be decoded.
 FIRST_EPOCH_S = 3600.0
 
@@ -28,6 +32,7 @@ class EndSilentWorkers(Callback):
     def __init__(self) -> None:
         self._silent_s: dict[str, float] = {}
         self._longest_s: dict[str, float] = {}
+        self._longest_of_all_s = 0.0
         self._looked_s = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -41,6 +46,7 @@ class EndSilentWorkers(Callback):
         silent_s = self._silent_s.get(trial.trial_id, 0.0)
         longest_s = self._longest_s.get(trial.trial_id, 0.0)
         self._longest_s[trial.trial_id] = max(silent_s, longest_s)
+        self._longest_of_all_s = max(silent_s, self._longest_of_all_s)
         self._silent_s[trial.trial_id] = 0.0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -68,7 +74,11 @@ class EndSilentWorkers(Callback):
         """Tell whether a trial's silence is longer than its epochs explain."""
         allowed_s = FIRST_EPOCH_S
         if trial_id in self._longest_s:
-            allowed_s = max(LEAST_S, MAX_RATIO * self._longest_s[trial_id])
+            allowed_s = max(
+                LEAST_S,
+                MAX_RATIO * self._longest_s[trial_id],
+                MAX_RATIO_OF_ALL * self._longest_of_all_s,
+            )
         return self._silent_s[trial_id] > allowed_s
 
     def _forget(self, trial: Any) -> None:
