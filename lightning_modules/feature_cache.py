@@ -142,7 +142,7 @@ class FeatureCache:
                 with self.store.claim(key) as claim:
                     found = self.store.find(key)  # another worker may have finished meanwhile
                     if found is None and claim is not None:
-                        if not self._fill(claim, split, epoch):
+                        if not self._fill(claim, split, epoch, self.cut):
                             return None, "computed, the cache is full"
                         return self.store.find(key), "computed and cached"
                 if found is None:
@@ -161,34 +161,38 @@ class FeatureCache:
             if self.store.find(key) is None:
                 with self.store.claim(key) as claim:
                     if claim is not None and self.store.find(key) is None:
-                        self._fill(claim, split, ahead_epoch)
+                        self._fill(claim, split, ahead_epoch, self.cut)
                         return ahead_epoch
         time.sleep(POLL_S)
         return ahead_epoch
 
-    def _fill(self, claim: Claim, split: str, epoch: int) -> bool:
-        """Compute a claimed key's features into the store; tell whether there was room."""
+    def _fill(
+        self, claim: Claim, split: str, epoch: int, cut: int, spare_s: float | None = None
+    ) -> bool:
+        """Compute a claimed key's features into the store; tell whether there was room.
+
+        Args:
+            claim: On the key of all that follows.
+            split: Whose images.
+            epoch: Whose views.
+            cut: How many stages.
+            spare_s: What it may take an image to write features of shallower cuts and read them
+                back; what is left of this cut's own time if none is given.
+        """
         num_images = len(self.data.rows[split])
-        cost = self.cost(split, epoch, self.cut)
+        cost = self.cost(split, epoch, cut)
         worth_s = num_images * cost.compute_s
-        if not claim.reserve(num_images * cost.num_bytes, worth_s=worth_s):
+        room = num_images * cost.num_bytes
+        if not claim.reserve(room, worth_s=worth_s, only_free=cut < self.cut):
             return False
-        # Whatever goes wrong there, the trial's own features still fit.
+        # Whatever goes wrong there, these features still fit.
         with contextlib.suppress(OSError):
-            self._fill_shallower(split, epoch, self.cut, cost.spare_s)
-        claim.write(self._blocks(split, epoch, self.cut), worth_s=worth_s)
+            self._fill_shallower(split, epoch, cut, cost.spare_s if spare_s is None else spare_s)
+        claim.write(self._blocks(split, epoch, cut), worth_s=worth_s)
         return True
 
     def _fill_shallower(self, split: str, epoch: int, cut: int, spare_s: float) -> None:
-        """Store the deepest features on the way to a cut that other trials may ask for.
-
-        Args:
-            split: Whose images.
-            epoch: Whose views.
-            cut: Where the way leads.
-            spare_s: What it may take an image to write them and read them back, those on their own
-                way included.
-        """
+        """Store the deepest features on the way to a cut that other trials may ask for."""
         assert self.store is not None  # noqa: S101  narrows the type
         for shallower in sorted((c for c in self.cuts if 0 < c < cut), reverse=True):
             key = self.keys.of(split, epoch, shallower)
@@ -197,16 +201,14 @@ class FeatureCache:
             cost = self.cost(split, epoch, shallower)
             if not cost.pays or cost.round_trip_s > spare_s:
                 continue
-            num_images = len(self.data.rows[split])
-            worth_s = num_images * cost.compute_s
             with self.store.claim(key) as claim:  # held by another, it is not waited for
-                if claim is None or not claim.reserve(
-                    num_images * cost.num_bytes, worth_s=worth_s, only_free=True
-                ):
+                if claim is None:
                     continue
-                self._fill_shallower(split, epoch, shallower, spare_s - cost.round_trip_s)
-                claim.write(self._blocks(split, epoch, shallower), worth_s=worth_s)
-                return
+                # Another worker may have finished meanwhile.
+                if self.store.find(key) is not None or self._fill(
+                    claim, split, epoch, shallower, spare_s - cost.round_trip_s
+                ):
+                    return
 
     def _blocks(self, split: str, epoch: int, cut: int) -> Iterator[Tensor]:
         """Yield the features of a split block by block, from the deepest cut that is at hand."""

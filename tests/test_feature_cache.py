@@ -428,6 +428,29 @@ def test_a_cut_that_another_worker_computes_is_not_waited_for(make: Make) -> Non
     assert torch.equal(features, alone.module.frozen_features(images, rows, epoch=0))
 
 
+def test_a_cut_that_another_worker_has_just_stored_is_not_stored_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, claim_key, written = Claim.write, FeatureStore.claim, []
+
+    def count_and_write(claim: Claim, blocks: Iterable[Tensor], *, worth_s: float) -> None:
+        written.append(claim.key)
+        write(claim, blocks, worth_s=worth_s)
+
+    def be_late(store: FeatureStore, key: str) -> Any:
+        if key == shallower and not written:
+            monkeypatch.setattr(FeatureStore, "claim", claim_key)
+            assert make(unfreeze_depth=1).features("train", 0) is not None
+        return claim_key(store, key)
+
+    cache = make(unfreeze_depth=0, cuts=(5, 4))
+    shallower = cache.keys.of("train", 0, 4)
+    monkeypatch.setattr(Claim, "write", count_and_write)
+    monkeypatch.setattr(FeatureStore, "claim", be_late)
+    assert cache.features("train", 0) is not None
+    assert written == [shallower, cache.keys.of("train", 0, 5)]
+
+
 def test_what_is_stored_for_others_takes_its_time_from_ones_own(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,7 +589,7 @@ def test_while_another_worker_computes_an_epoch_this_one_computes_later_ones(
             time.sleep(0.01)
         assert thread.is_alive()  # three epochs ahead it stops, and waits
         assert not store.path_of(other.keys.of("train", 4, other.cut)).exists()
-        assert other._fill(claim, "train", 0)
+        assert other._fill(claim, "train", 0, other.cut)
     thread.join(60)
     assert got[0] is not None
     assert waiting.outcome == "from the cache"

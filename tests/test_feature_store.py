@@ -80,6 +80,7 @@ def test_a_torn_file_counts_as_nothing_and_is_written_anew(tmp_path: Path, lengt
     put(store, "key", values)
     os.truncate(store.path_of("key"), length)
     assert store.find("key") is None
+    assert not store.has("key")
     assert put(store, "key", values)
     found = store.find("key")
     assert found is not None

@@ -16,13 +16,14 @@ def stored_features(run: Run) -> frozenset[tuple[str, str, int, int]]:
     store = feature_store(sweep.resources.feature_cache_gib, since=run.started)
     if store is None or run.on_gpu or "augmentation_strength" in sweep.space:
         return frozenset()
+    rows = PackDataModule(run.manifest, run.pack, batch_size=1, seed=sweep.seed).rows
     found = set()
     for backbone in sweep.backbones:
         keys = FeatureKeys(
             backbone=backbone,
             weights_digest=run.weights[backbone].digest,
             pack_digest=run.pack.digest,
-            rows=PackDataModule(run.manifest, run.pack, batch_size=1, seed=sweep.seed).rows,
+            rows=rows,
             augmentation=sweep.augmentation,
             strength=sweep.params.augmentation_strength,
             view_seed=sweep.seed,
